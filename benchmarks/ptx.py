@@ -1,0 +1,115 @@
+"""Static facts of compiled GPU code: registers and spills by ptxas, instruction counts, launches from XLA's dump."""
+
+import re
+import shutil
+import subprocess
+import sysconfig
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+_ENTRY = re.compile(r"^\.(?:visible|weak) \.entry (\w+)\(", re.MULTILINE)
+_USAGE = re.compile(
+    r"Function properties for (\w+)\s+(?:ptxas info\s+:\s+)?\d+ bytes stack frame, "
+    r"(\d+) bytes spill stores, (\d+) bytes spill loads\s+ptxas info\s+: Used (\d+) registers"
+)
+_LAUNCH = re.compile(r"(\w+) grid: \[([\d, ]+)\] threads: \[([\d, ]+)\]\s+shared_memory: (\d+) bytes")
+_INSTRUCTIONS = {
+    "wgmma": re.compile(r"(?<![\w.])wgmma\.mma_async"),
+    "mma.sync": re.compile(r"(?<![\w.])mma\.sync"),
+    "cp.async": re.compile(r"(?<![\w.])cp\.async\.(?:ca|cg|bulk)"),
+    "atom/red": re.compile(r"(?<![\w.])(?:atom|red)\."),
+    "shfl": re.compile(r"(?<![\w.])shfl\."),
+    "ld.global": re.compile(r"(?<![\w.])ld\.global"),
+    "st.global": re.compile(r"(?<![\w.])st\.global"),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class KernelReport:
+    """One GPU kernel as XLA compiled it; bytes of spills are per thread, `shared_bytes` per block."""
+
+    name: str
+    registers: int
+    spill_store_bytes: int
+    spill_load_bytes: int
+    shared_bytes: int
+    num_warps: int
+    grid: tuple[int, ...]
+    instructions: dict[str, int]
+
+
+@dataclass(frozen=True, slots=True)
+class Launch:
+    """Grid, threads per block and shared memory of one kernel, as XLA's thunk sequence states them."""
+
+    grid: tuple[int, ...]
+    threads: int
+    shared_bytes: int
+
+
+def find_ptxas() -> str:
+    """Path of the ptxas of the nvidia-cuda-nvcc wheel (the one XLA uses), else of the one on PATH."""
+    site = [Path(sysconfig.get_path(key)) for key in ("purelib", "platlib")]
+    for path in (path for root in site for path in sorted(root.glob("nvidia/*/bin/ptxas"), reverse=True)):
+        return str(path)
+    found = shutil.which("ptxas")
+    if found is None:
+        raise FileNotFoundError("no ptxas: install the nvidia-cuda-nvcc wheel (13.0 or later) beside jax-cuda13-plugin")
+    return found
+
+
+def entries(ptx: str) -> Iterator[tuple[str, str]]:
+    """(kernel name, its PTX text) for every entry point of a PTX module."""
+    found = list(_ENTRY.finditer(ptx))
+    ends = [match.start() for match in found[1:]] + [len(ptx)] * bool(found)
+    for match, end in zip(found, ends, strict=True):
+        yield match.group(1), ptx[match.start() : end]
+
+
+def count_instructions(body: str) -> dict[str, int]:
+    """How often each instruction class that matters here stands in `body` (static, not executed, counts)."""
+    return {name: len(pattern.findall(body)) for name, pattern in _INSTRUCTIONS.items()}
+
+
+def register_usage(path: Path) -> dict[str, tuple[int, int, int]]:
+    """{kernel: (registers per thread, spill store bytes, spill load bytes)} of one PTX file, by `ptxas -v`."""
+    arch = re.search(r"^\.target (\w+)", path.read_text(), re.MULTILINE)
+    assert arch is not None, f"{path.name} names no target"
+    command = [find_ptxas(), "-v", f"-arch={arch.group(1)}", str(path), "-o", "/dev/null"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    if done.returncode:
+        raise RuntimeError(f"ptxas refused {path.name}: {(done.stderr or done.stdout).strip()[:2000]}")
+    usage = _USAGE.findall(done.stderr + done.stdout)
+    return {name: (int(registers), int(stores), int(loads)) for name, stores, loads, registers in usage}
+
+
+def launches(dump: Path) -> dict[str, Launch]:
+    """{kernel: its launch} from the thunk sequences in an XLA dump directory."""
+    found = {}
+    for path in dump.glob("*thunk_sequence.txt"):
+        for name, grid, threads, shared in _LAUNCH.findall(path.read_text()):
+            x, y, z = (int(n) for n in threads.split(","))
+            found[name] = Launch(tuple(int(n) for n in grid.split(",")), x * y * z, int(shared))
+    return found
+
+
+def kernel_reports(dump: Path) -> tuple[KernelReport, ...]:
+    """Every GPU kernel in an XLA dump directory, in the order of its PTX files."""
+    launch_of, reports = launches(dump), []
+    for path in sorted(dump.glob("*.ptx")):
+        bodies = dict(entries(path.read_text()))
+        usage = register_usage(path) if bodies else {}
+        for name, body in bodies.items():
+            launch = launch_of.get(name, Launch((), 0, 0))
+            reports.append(
+                KernelReport(
+                    name,
+                    *usage[name],
+                    launch.shared_bytes,
+                    -(-launch.threads // 32),
+                    launch.grid,
+                    count_instructions(body),
+                )
+            )
+    return tuple(reports)

@@ -1,0 +1,57 @@
+"""The GPUs that kernels are compiled for without a GPU: one row of facts each, printed as XLA's target description."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """What XLA must know of a device to compile for it; bandwidth in bytes/s, sizes in bytes."""
+
+    description: str
+    capability: tuple[int, int]
+    core_count: int
+    fpus_per_core: int
+    shared_memory_per_core: int
+    shared_memory_limit: int  # per block, opt-in: more than this does not launch
+    l2_cache_size: int
+    memory_bandwidth: int
+    memory_size: int
+    clock_rate_ghz: float
+
+    @property
+    def proto(self) -> str:
+        """The `target_config` text of `jax.experimental.topologies.get_topology_desc`."""
+        return f"""gpu_device_info {{
+  threads_per_block_limit: 1024
+  threads_per_warp: 32
+  shared_memory_per_block: 49152
+  shared_memory_per_core: {self.shared_memory_per_core}
+  threads_per_core_limit: 2048
+  core_count: {self.core_count}
+  fpus_per_core: {self.fpus_per_core}
+  block_dim_limit_x: 2147483647
+  block_dim_limit_y: 65535
+  block_dim_limit_z: 65535
+  memory_bandwidth: {self.memory_bandwidth}
+  l2_cache_size: {self.l2_cache_size}
+  clock_rate_ghz: {self.clock_rate_ghz}
+  device_memory_size: {self.memory_size}
+  shared_memory_per_block_optin: {self.shared_memory_limit}
+  cuda_compute_capability {{ major: {self.capability[0]} minor: {self.capability[1]} }}
+  registers_per_core_limit: 65536
+  registers_per_block_limit: 65536
+}}
+platform_name: "CUDA"
+dnn_version_info {{ major: 9 minor: 7 }}
+runtime_version {{ major: 13 minor: 0 patch: 0 }}
+device_description_str: "{self.description}"
+"""
+
+
+TARGETS: dict[str, Target] = {
+    "h100": Target(
+        "NVIDIA H100 80GB HBM3", (9, 0), 132, 128, 233472, 232448, 52428800, 3352320 * 10**6, 84929347584, 1.98
+    ),
+    "h200": Target("NVIDIA H200", (9, 0), 132, 128, 233472, 232448, 62914560, 4800 * 10**9, 150 * 10**9, 1.98),
+    "a100": Target("NVIDIA A100-SXM4-80GB", (8, 0), 108, 64, 167936, 166912, 41943040, 2039 * 10**9, 85520809984, 1.41),
+}
