@@ -1,0 +1,77 @@
+"""The only door to Pallas: the version seam, block specs, masked loads and stores."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as pltriton
+
+program_id = pl.program_id
+ds = pl.ds
+
+
+def call(
+    kernel: Callable[..., None],
+    *args: Any,
+    name: str,
+    grid: Sequence[int],
+    in_specs: Sequence[Any],
+    out_specs: Any,
+    out_shape: Any,
+    num_warps: int,
+    num_stages: int = 1,
+    interpret: bool = False,
+    aliases: dict[int, int] | None = None,
+) -> Any:
+    """Run `kernel` over `grid` through Triton, or in Pallas' interpreter.
+
+    Compiler parameters are always given: without them JAX 0.10 lowers to Mosaic GPU instead of Triton.
+    """
+    return pl.pallas_call(
+        kernel,
+        grid=tuple(grid),
+        in_specs=list(in_specs),
+        out_specs=out_specs,
+        out_shape=out_shape,
+        name=name,
+        interpret=interpret,
+        input_output_aliases=aliases or {},
+        compiler_params=pltriton.CompilerParams(num_warps=num_warps, num_stages=num_stages),
+    )(*args)
+
+
+def whole(array: Any) -> pl.BlockSpec:
+    """Every program sees all of `array` (a block moves no data on Triton: it is pointer arithmetic)."""
+    shape = tuple(array.shape)
+    return pl.BlockSpec(shape, lambda *_: (0,) * len(shape))
+
+
+def per_group(array: Any, group_axis: int, repeat: int = 1) -> pl.BlockSpec:
+    """A program sees `array[g // repeat]`, where g is its index along `group_axis` of the grid."""
+    rest = tuple(array.shape[1:])
+
+    def index(*ids: Any) -> tuple[Any, ...]:
+        g = ids[group_axis]
+        return (g if repeat == 1 else jax.lax.div(g, jnp.int32(repeat)), *((0,) * len(rest)))
+
+    return pl.BlockSpec((None, *rest), index)
+
+
+def load(ref: Any, index: tuple[Any, ...], mask: Any) -> jax.Array:
+    """`ref[index]`, 0 where `mask` is False; a masked element is never read."""
+    return pltriton.load(ref.at[index], mask=mask, other=jnp.zeros((), ref.dtype))
+
+
+def store(ref: Any, index: tuple[Any, ...], value: jax.Array, mask: Any) -> None:
+    """`ref[index] = value` where `mask` is True, cast to the ref's dtype; nothing else is written."""
+    pltriton.store(ref.at[index], value.astype(ref.dtype), mask=mask)
+
+
+def load_scalar(ref: Any) -> jax.Array:
+    """The one element of a ref of shape (1,)."""
+    return ref[0]
+
+
+__all__ = ["call", "ds", "load", "load_scalar", "per_group", "program_id", "store", "whole"]

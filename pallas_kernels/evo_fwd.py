@@ -1,0 +1,244 @@
+"""Forward Evo kernels: chunk sums of v, gated chunk sums, output. Mathematics: reference/evo.py."""
+
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels import _pallas as plk
+from pallas_kernels import evo_tile as t
+from pallas_kernels.evo_tile import Geometry
+from pallas_kernels.prefix_scan import exclusive_carries
+from reference.evo import EvoParams
+
+
+class Tables(NamedTuple):
+    """What precedes each chunk, (G, n, D) in the accumulation dtype: of the sum of v, and of the sum of g * v.
+
+    Non-causal: the two totals, (G, 1, D). These are the only residuals besides the inputs.
+    """
+
+    context: jax.Array
+    gated: jax.Array
+
+
+class Inputs(NamedTuple):
+    """Arrays of one call: v and query (None: v itself) as (G, L, D) with G = B * H, rows (R, L) or None, params."""
+
+    v: Any
+    query: Any
+    rows: Any
+    params: EvoParams
+
+    def specs(self, group_axis: int) -> "Inputs":
+        """Block specs: a program sees its own group of v, query and rows, and all the parameters."""
+        rows = None
+        if self.rows is not None:
+            rows = plk.per_group(self.rows, group_axis, repeat=self.v.shape[0] // self.rows.shape[0])
+        query = None if self.query is None else plk.per_group(self.query, group_axis)
+        return Inputs(plk.per_group(self.v, group_axis), query, rows, EvoParams(*map(plk.whole, self.params)))
+
+
+def forward(inputs: Inputs, geo: Geometry) -> tuple[jax.Array, Tables]:
+    """Output (G, L, D) and the carry tables."""
+    tables = carry_tables(inputs, geo)
+    out_type = jax.ShapeDtypeStruct(inputs.v.shape, inputs.v.dtype)
+    if geo.blocks == 1:
+        return _launch("evo_output", _output_kernel, inputs, tables, out_type, geo), tables
+    gate_type = jax.ShapeDtypeStruct(inputs.v.shape, geo.dot_dtype)
+    gate = _launch("evo_gate", _gate_kernel, inputs, tables, gate_type, geo)
+    return _norm(inputs, tables, gate, geo), tables
+
+
+def carry_tables(inputs: Inputs, geo: Geometry) -> Tables:
+    """Sums over chunks and their scans; the second needs the first, since the gate reads the running mean."""
+    table = jax.ShapeDtypeStruct((inputs.v.shape[0], geo.chunks, geo.width), geo.accum)
+    sums = _launch("evo_sums", _sums_kernel, inputs, None, table, geo)
+    if not geo.causal:
+        return totals_to_tables(sums.sum(1, keepdims=True), inputs.rows, inputs.params, geo)
+    context = exclusive_carries(sums)
+    gated = _launch("evo_gated_sums", _gated_sums_kernel, inputs, Tables(context, None), table, geo)
+    return Tables(context, exclusive_carries(gated))
+
+
+def totals_to_tables(context: jax.Array, rows: Any, params: EvoParams, geo: Geometry) -> Tables:
+    """The non-causal form: S = sigmoid(mean @ W_g + b_g) * c, once for each sequence and head."""
+    count = jnp.float32(geo.length)
+    if rows is not None:
+        count = jnp.repeat(jnp.abs(rows[:, :1]), context.shape[0] // rows.shape[0], axis=0)[:, :, None]
+    mean = (context / count.astype(context.dtype)).astype(jnp.float32)
+    kernel, bias = params.gate_kernel.astype(jnp.float32), params.gate_bias.astype(jnp.float32)
+    gate = jax.nn.sigmoid(jnp.matmul(mean, kernel, precision="highest") + bias)
+    return Tables(context, gate.astype(context.dtype) * context)
+
+
+def _launch(name: str, kernel: Any, inputs: Inputs, tables: Any, out_shape: Any, geo: Geometry) -> Any:
+    """One program per (column block, chunk, group)."""
+    table_specs = jax.tree.map(lambda table: plk.per_group(table, 2), tables)
+    return plk.call(
+        partial(kernel, geo=geo),
+        inputs,
+        tables,
+        name=name,
+        grid=(geo.blocks, geo.chunks, inputs.v.shape[0]),
+        in_specs=(inputs.specs(2), table_specs),
+        out_specs=jax.tree.map(lambda out: plk.per_group(out, 2), out_shape),
+        out_shape=out_shape,
+        num_warps=geo.launch.num_warps,
+        num_stages=geo.launch.num_stages,
+        interpret=geo.launch.interpret,
+    )
+
+
+def _sums_kernel(inputs: Inputs, _: None, sums_ref: Any, *, geo: Geometry) -> None:
+    """Pass A: the sum of v over each chunk."""
+    block, chunk = plk.program_id(0), plk.program_id(1)
+    rows = t.chunk_rows(chunk, inputs.rows, geo)
+    v = t.load_tile(inputs.v, rows.index, rows.used, block, geo)
+    t.store_carry(sums_ref, chunk, block, v.astype(geo.accum).sum(0), geo)
+
+
+def _gated_sums_kernel(inputs: Inputs, tables: Tables, sums_ref: Any, *, geo: Geometry) -> None:
+    """Pass B: the sum of g * v over each chunk, with g the gate of the running mean."""
+    block, chunk = plk.program_id(0), plk.program_id(1)
+    rows = t.chunk_rows(chunk, inputs.rows, geo)
+
+    def step(k: Any, acc: jax.Array) -> jax.Array:
+        mean, _ = _running_mean(inputs, tables, rows, chunk, k, geo)
+        return acc + t.dot(mean, t.load_weight(inputs.params.gate_kernel, k, block, geo), geo)
+
+    (start,) = t.zeros(geo, 1)
+    logits = t.over_blocks(step, start, geo) + t.load_columns(inputs.params.gate_bias, block, geo)[None, :]
+    v = t.load_tile(inputs.v, rows.index, rows.used, block, geo)
+    t.store_carry(sums_ref, chunk, block, (t.sigmoid(logits) * v).astype(geo.accum).sum(0), geo)
+
+
+def _running_mean(
+    inputs: Inputs, tables: Tables, rows: t.Rows, chunk: Any, block: Any, geo: Geometry
+) -> tuple[jax.Array, jax.Array]:
+    """Column block of m_t = c_t / t, float32, and the tile of v it was summed from."""
+    v = t.load_tile(inputs.v, rows.index, rows.used, block, geo)
+    context = t.prefix(tables.context, chunk, block, v, geo)
+    return (context / rows.count.astype(geo.accum)[:, None]).astype(jnp.float32), v
+
+
+class Gates(NamedTuple):
+    """One column block of everything that depends on a token alone, given its prefix sums."""
+
+    v: jax.Array
+    g: jax.Array | None  # None in the non-causal form, where it is a constant of the sequence
+    gated: jax.Array  # S
+    local: jax.Array
+    ratio: jax.Array  # r
+    gate: jax.Array
+
+
+def gates(inputs: Inputs, tables: Tables, rows: t.Rows, chunk: Any, block: Any, geo: Geometry) -> Gates:
+    """g, S, r and gate of one column block: the three products run over all columns of m, v and query."""
+    params = inputs.params
+
+    def step(k: Any, accs: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+        if geo.causal:
+            mean, v = _running_mean(inputs, tables, rows, chunk, k, geo)
+            from_mean = t.dot(mean, t.load_weight(params.gate_kernel, k, block, geo), geo)
+        else:
+            v, from_mean = t.load_tile(inputs.v, rows.index, rows.used, k, geo), 0.0
+        query = v if inputs.query is None else t.load_tile(inputs.query, rows.index, rows.used, k, geo)
+        from_v = t.dot(v, t.load_weight(params.local_kernel, k, block, geo), geo)
+        from_query = t.dot(query, t.load_weight(params.q_kernel, k, block, geo), geo)
+        return accs[0] + from_mean, accs[1] + from_v, accs[2] + from_query
+
+    from_mean, local, q = t.over_blocks(step, t.zeros(geo, 3), geo)
+    v = t.load_tile(inputs.v, rows.index, rows.used, block, geo)
+    g = t.sigmoid(from_mean + t.load_columns(params.gate_bias, block, geo)[None, :]) if geo.causal else None
+    gated = t.prefix(tables.gated, chunk, block, v if g is None else g * v, geo).astype(jnp.float32)
+    local = local + t.load_columns(params.local_bias, block, geo)[None, :]
+    q = q + t.load_columns(params.q_bias, block, geo)[None, :]
+    ratio = q / (jnp.abs(gated) + jnp.abs(local) + t.DEN_EPS)
+    return Gates(v, g, gated, local, ratio, ratio * t.sigmoid(ratio) * v)
+
+
+def _output_kernel(inputs: Inputs, tables: Tables, out_ref: Any, *, geo: Geometry) -> None:
+    """Pass C where one block holds a whole row: gate, final gate, LayerNorm, one write."""
+    chunk = plk.program_id(1)
+    rows = t.chunk_rows(chunk, inputs.rows, geo)
+    of = gates(inputs, tables, rows, chunk, 0, geo)
+    final = t.dot(of.gate, t.load_weight(inputs.params.final_kernel, 0, 0, geo), geo)
+    final = t.sigmoid(final + t.load_columns(inputs.params.final_bias, 0, geo)[None, :])
+    context = t.prefix(tables.context, chunk, 0, of.v, geo).astype(jnp.float32)
+    _, ok = t.columns(0, geo)
+    y = jnp.where(rows.live[:, None] & ok[None, :], final * context, 0.0)
+    x_hat, _ = t.normalise(y, geo.width, ok)
+    _store_normalised(inputs, rows, [(0, x_hat)], out_ref, geo)
+
+
+def _store_normalised(inputs: Inputs, rows: t.Rows, parts: list, out_ref: Any, geo: Geometry) -> None:
+    """Scale, shift, zero the absent rows, write."""
+    for block, x_hat in parts:
+        scale = t.load_columns(inputs.params.norm_scale, block, geo)[None, :]
+        out = x_hat * scale + t.load_columns(inputs.params.norm_bias, block, geo)[None, :]
+        if geo.absent:
+            out = jnp.where(rows.live[:, None], out, 0.0)
+        t.store_tile(out_ref, rows.index, rows.index < geo.length, block, out, geo)
+
+
+def _gate_kernel(inputs: Inputs, tables: Tables, gate_ref: Any, *, geo: Geometry) -> None:
+    """Pass C1 of wide rows: one column block of the gate."""
+    block, chunk = plk.program_id(0), plk.program_id(1)
+    rows = t.chunk_rows(chunk, inputs.rows, geo)
+    of = gates(inputs, tables, rows, chunk, block, geo)
+    t.store_tile(gate_ref, rows.index, rows.index < geo.length, block, of.gate, geo)
+
+
+def _norm(inputs: Inputs, tables: Tables, gate: jax.Array, geo: Geometry) -> jax.Array:
+    """Pass C2 of wide rows, in place of the gate where the dtypes agree."""
+    out = jax.ShapeDtypeStruct(gate.shape, inputs.v.dtype)
+    leaves = len(jax.tree.leaves((inputs, tables)))
+    return plk.call(
+        partial(_norm_kernel, geo=geo),
+        inputs,
+        tables,
+        gate,
+        name="evo_norm",
+        grid=(geo.chunks, gate.shape[0]),
+        in_specs=(inputs.specs(1), Tables(*(plk.per_group(table, 1) for table in tables)), plk.per_group(gate, 1)),
+        out_specs=plk.per_group(out, 1),
+        out_shape=out,
+        num_warps=8,
+        num_stages=geo.launch.num_stages,
+        interpret=geo.launch.interpret,
+        aliases={leaves: 0} if gate.dtype == out.dtype else None,
+    )
+
+
+def _norm_kernel(inputs: Inputs, tables: Tables, gate_ref: Any, out_ref: Any, *, geo: Geometry) -> None:
+    """Whole rows, held as column blocks: f * c, then LayerNorm.
+
+    Writing over the gate is safe: an output row waits for its LayerNorm, which waits for all of its gate.
+    """
+    chunk = plk.program_id(0)
+    rows = t.chunk_rows(chunk, inputs.rows, geo)
+    parts = []
+    for block in range(geo.blocks):
+        final = final_gate(inputs, gate_ref, rows, block, geo)
+        v = t.load_tile(inputs.v, rows.index, rows.used, block, geo)
+        context = t.prefix(tables.context, chunk, block, v, geo).astype(jnp.float32)
+        _, ok = t.columns(block, geo)
+        parts.append((block, ok, jnp.where(rows.live[:, None] & ok[None, :], final * context, 0.0)))
+    mean = sum(y.sum(1) for _, _, y in parts)[:, None] / geo.width
+    centred = [(block, jnp.where(ok[None, :], y - mean, 0.0)) for block, ok, y in parts]
+    inverse = jax.lax.rsqrt(sum((y * y).sum(1) for _, y in centred) / geo.width + t.NORM_EPS)
+    _store_normalised(inputs, rows, [(block, y * inverse[:, None]) for block, y in centred], out_ref, geo)
+
+
+def final_gate(inputs: Inputs, gate_ref: Any, rows: t.Rows, block: Any, geo: Geometry) -> jax.Array:
+    """One column block of f = sigmoid(gate @ W_f + b_f), from the rows of `gate_ref`."""
+
+    def step(k: Any, acc: jax.Array) -> jax.Array:
+        gate = t.load_tile(gate_ref, rows.index, rows.index < geo.length, k, geo)
+        return acc + t.dot(gate, t.load_weight(inputs.params.final_kernel, k, block, geo), geo)
+
+    (start,) = t.zeros(geo, 1)
+    logits = t.over_blocks(step, start, geo) + t.load_columns(inputs.params.final_bias, block, geo)[None, :]
+    return t.sigmoid(logits)

@@ -1,0 +1,165 @@
+"""Device-side helpers shared by the forward and backward Evo kernels: rows, tiles, dot products, LayerNorm."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from pallas_kernels import _pallas as plk
+from pallas_kernels.launch import Launch
+
+DEN_EPS = 1e-8
+NORM_EPS = 1e-5
+
+
+@dataclass(frozen=True, slots=True)
+class Geometry:
+    """Statics of one call: L, D, what a masked token means, the dtypes, and the launch."""
+
+    length: int
+    width: int
+    causal: bool
+    absent: bool  # a masked token is as if it were not there (else: only its own y is zero)
+    accum: str  # dtype of both prefix sums
+    dot_dtype: str  # "bfloat16" or "float32"
+    dot_precision: str  # "bf16", "tf32" or "tf32x3"
+    launch: Launch
+
+    @property
+    def chunk(self) -> int:
+        return self.launch.block_m
+
+    @property
+    def chunks(self) -> int:
+        return -(-self.length // self.chunk)
+
+    @property
+    def block(self) -> int:
+        return self.launch.block_d
+
+    @property
+    def blocks(self) -> int:
+        return -(-self.width // self.block)
+
+    @property
+    def carries(self) -> int:
+        """Rows of a carry table: one per chunk, or the one total of the non-causal form."""
+        return self.chunks if self.causal else 1
+
+
+@dataclass(frozen=True, slots=True)
+class Rows:
+    """The tokens of one chunk: where they are, which exist, and what their mean divides by."""
+
+    index: jax.Array  # (C,) token numbers
+    live: jax.Array  # (C,) inside the sequence and not masked
+    used: jax.Array  # (C,) whose v and query are read: `live`, or all inside where masked tokens were zeroed before
+    count: jax.Array  # (C,) float32 divisor of the running mean
+
+
+def chunk_rows(chunk: Any, rows_ref: Any, geo: Geometry, reverse: bool = False) -> Rows:
+    """Rows of chunk number `chunk`; `reverse` lists them from last to first, so that a cumsum is a suffix sum."""
+    step = jnp.arange(geo.chunk)
+    index = chunk * geo.chunk + (geo.chunk - 1 - step if reverse else step)
+    inside = index < geo.length
+    if rows_ref is None:
+        count = (index + 1).astype(jnp.float32) if geo.causal else jnp.full((geo.chunk,), geo.length, jnp.float32)
+        return Rows(index, inside, inside, count)
+    signed = plk.load(rows_ref, (index,), inside)
+    live = inside & jnp.logical_not(signed < 0)
+    count = jnp.where(inside, jnp.abs(signed), 1.0)
+    return Rows(index, live, live if geo.absent else inside, count)
+
+
+def columns(block: Any, geo: Geometry) -> tuple[jax.Array, jax.Array]:
+    """Column numbers of a block and which of them exist."""
+    index = block * geo.block + jnp.arange(geo.block)
+    return index, index < geo.width
+
+
+def load_tile(ref: Any, index: jax.Array, mask: jax.Array, block: Any, geo: Geometry) -> jax.Array:
+    """(C, w) float32 tile of rows `index` (0 where `mask` is False) and of column block `block`."""
+    column, ok = columns(block, geo)
+    return plk.load(ref, (index[:, None], column[None, :]), mask[:, None] & ok[None, :]).astype(jnp.float32)
+
+
+def store_tile(ref: Any, index: jax.Array, mask: jax.Array, block: Any, value: jax.Array, geo: Geometry) -> None:
+    """Write a (C, w) tile, cast to the ref's dtype."""
+    column, ok = columns(block, geo)
+    plk.store(ref, (index[:, None], column[None, :]), value, mask[:, None] & ok[None, :])
+
+
+def load_columns(ref: Any, block: Any, geo: Geometry) -> jax.Array:
+    """(w,) float32 piece of a (D,) vector."""
+    column, ok = columns(block, geo)
+    return plk.load(ref, (column,), ok).astype(jnp.float32)
+
+
+def load_carry(ref: Any, chunk: Any, block: Any, geo: Geometry) -> jax.Array:
+    """(w,) piece of a carry table's row, in the accumulation dtype."""
+    column, ok = columns(block, geo)
+    return plk.load(ref, (chunk if geo.causal else 0 * chunk, column), ok)
+
+
+def store_carry(ref: Any, chunk: Any, block: Any, value: jax.Array, geo: Geometry) -> None:
+    """Write a (w,) piece of row `chunk` of a table of totals."""
+    column, ok = columns(block, geo)
+    plk.store(ref, (chunk, column), value, ok)
+
+
+def load_weight(ref: Any, row_block: Any, column_block: Any, geo: Geometry) -> jax.Array:
+    """(w, w) block of a (D, D) kernel, in the dtype of the dot products."""
+    (row, row_ok), (column, column_ok) = columns(row_block, geo), columns(column_block, geo)
+    block = plk.load(ref, (row[:, None], column[None, :]), row_ok[:, None] & column_ok[None, :])
+    return block.astype(geo.dot_dtype)
+
+
+def prefix(carry_ref: Any, chunk: Any, block: Any, tile: jax.Array, geo: Geometry) -> jax.Array:
+    """carry + running sum of `tile` down its rows (causal), or the total at every row, in the accumulation dtype."""
+    carry = load_carry(carry_ref, chunk, block, geo)[None, :]
+    if not geo.causal:
+        return jnp.broadcast_to(carry, tile.shape)
+    return carry + jnp.cumsum(tile.astype(geo.accum), axis=0)
+
+
+def dot(a: jax.Array, b: jax.Array, geo: Geometry, contract: tuple[int, int] = (1, 0)) -> jax.Array:
+    """float32 matrix product of two tiles over axes `contract`, operands in the dtype of the dot products.
+
+    The interpreter has neither bf16 dots nor TF32: there, operands rounded alike are multiplied in float32.
+    """
+    a, b = a.astype(geo.dot_dtype), b.astype(geo.dot_dtype)
+    precision: Any = None
+    if geo.launch.interpret:
+        a, b, precision = a.astype(jnp.float32), b.astype(jnp.float32), lax.Precision.HIGHEST
+    elif geo.dot_precision == "tf32":
+        precision = lax.DotAlgorithmPreset.TF32_TF32_F32
+    elif geo.dot_precision == "tf32x3":
+        precision = lax.DotAlgorithmPreset.TF32_TF32_F32_X3
+    dims = (((contract[0],), (contract[1],)), ((), ()))
+    return lax.dot_general(a, b, dims, precision=precision, preferred_element_type=jnp.float32)
+
+
+def over_blocks(step: Callable[[Any, Any], Any], init: Any, geo: Geometry) -> Any:
+    """Fold `step(block, state)` over the column blocks; a single block needs no loop."""
+    if geo.blocks == 1:
+        return step(0, init)
+    return lax.fori_loop(0, geo.blocks, step, init)
+
+
+def zeros(geo: Geometry, n: int) -> tuple[jax.Array, ...]:
+    """`n` float32 (C, w) accumulators."""
+    return tuple(jnp.zeros((geo.chunk, geo.block), jnp.float32) for _ in range(n))
+
+
+def sigmoid(x: jax.Array) -> jax.Array:
+    return 1.0 / (1.0 + jnp.exp(-x))
+
+
+def normalise(y: jax.Array, width: int, ok: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """(x_hat, 1/std) of LayerNorm over the `width` columns for which `ok`; the others of `y` are 0."""
+    centred = jnp.where(ok[None, :], y - (y.sum(1) / width)[:, None], 0.0)
+    inverse = lax.rsqrt((centred * centred).sum(1) / width + NORM_EPS)
+    return centred * inverse[:, None], inverse

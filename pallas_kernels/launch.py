@@ -1,0 +1,56 @@
+"""How a kernel is launched: block sizes and warps, chosen from the head width and the dtype of its dot products."""
+
+from dataclasses import dataclass
+
+DOT_DTYPES = {"bfloat16": "bfloat16", "float16": "float32", "float32": "float32"}
+
+
+@dataclass(frozen=True, slots=True)
+class Launch:
+    """Statics of one launch; every default below compiles without register spills (tests/test_compile.py)."""
+
+    block_m: int  # rows (tokens) of one chunk: the step of the carry tables
+    block_d: int  # columns of one program's tile; dot products loop over the width in these steps
+    num_warps: int
+    num_stages: int
+    interpret: bool
+
+    def __post_init__(self) -> None:
+        for name in ("block_m", "block_d"):
+            value = getattr(self, name)
+            if value < 16 or value & (value - 1):
+                raise ValueError(f"{name}={value} must be a power of two and at least 16 (a tensor-core tile)")
+        if self.num_warps not in (1, 2, 4, 8, 16):
+            raise ValueError(f"num_warps={self.num_warps} must be 1, 2, 4, 8 or 16")
+        if self.num_stages < 1:
+            raise ValueError(f"num_stages={self.num_stages} must be at least 1")
+
+
+def evo_launch(
+    width: int,
+    dot_dtype: str,
+    *,
+    interpret: bool,
+    block_m: int | None = None,
+    num_warps: int | None = None,
+    num_stages: int | None = None,
+) -> Launch:
+    """The default launch for head width `width`, with the caller's own choices over it.
+
+    A width of 64 in bfloat16, and any up to 32, is one column block: the forward is then fused into three reads and
+    one write. Wider rows would spill registers, so they are computed in blocks of columns: 32 where that divides the
+    width, else 16, so that at most 15 columns are computed in vain.
+    """
+    if width <= 16:
+        block_d = 16
+    elif width == 64 and dot_dtype == "bfloat16":
+        block_d = 64
+    else:
+        block_d = 32 if width % 32 == 0 else 16
+    return Launch(
+        block_m=64 if block_m is None else block_m,
+        block_d=block_d,
+        num_warps=4 if num_warps is None else num_warps,
+        num_stages=1 if num_stages is None else num_stages,
+        interpret=interpret,
+    )
