@@ -36,6 +36,7 @@ _COLUMNS = (
     *("case", "target", "kernel", "regs", "spill", "smem", "warps", "grid"),
     *("wgmma", "mma.sync", "cp.async", "atom", "temp", "s"),
 )
+_DUMP = {"xla_dump_hlo_as_text": True, "xla_dump_emitter_re": "ptx"}  # the second: jax >= 0.12 writes no PTX without it
 _SKIP_CHECK = "JAX_SKIP_CUDA_CONSTRAINTS_CHECK"
 
 
@@ -76,17 +77,20 @@ def compile_for(fn: Callable[..., Any], args: Any, target: str = "h100") -> Repo
     with jax.sharding.set_mesh(mesh), quiet_lowering():
         lowered = jax.jit(fn).lower(*placed)
     with tempfile.TemporaryDirectory(prefix="compile_report_") as dump:
-        compiled = lowered.compile(compiler_options={"xla_dump_to": dump, "xla_dump_hlo_as_text": True})
+        compiled = lowered.compile(compiler_options={"xla_dump_to": dump, **_DUMP})
         reports = kernel_reports(Path(dump))
-    names = {call.name for call in triton_calls(lowered)}
+    names = {call.name for call in triton_calls(lowered) if 0 not in call.grid}
+    kernels = {report.name: name for report in reports if (name := _base_name(report.name, names))}
+    if lost := names - set(kernels.values()):
+        raise RuntimeError(f"XLA compiled {sorted(lost)} but its dump holds no PTX of them: the dump options have changed")
     memory = compiled.memory_analysis()
     return Report(
         target,
         memory.temp_size_in_bytes,
         memory.argument_size_in_bytes,
         memory.output_size_in_bytes,
-        tuple(report for report in reports if _base_name(report.name, names) is not None),
-        tuple(report for report in reports if _base_name(report.name, names) is None),
+        tuple(report for report in reports if report.name in kernels),
+        tuple(report for report in reports if report.name not in kernels),
         round(time.perf_counter() - start, 2),
     )
 

@@ -1,0 +1,222 @@
+"""What Triton IR shows without running it: accesses that may leave their array, int32 overflow, and dot precisions."""
+
+import math
+import re
+from typing import Any, NamedTuple
+
+from jaxlib.mlir import ir
+from jaxlib.triton import dialect
+
+from benchmarks.ttir import walk
+
+_INT32_LIMIT = 2**31
+_ACCESSES = {"tt.load": ("load", 1), "tt.store": ("store", 2)}  # name and the number of operands without a mask
+_SAME_VALUE = frozenset(
+    ("tt.splat", "tt.expand_dims", "tt.broadcast", "tt.reshape", "tt.trans", "arith.extsi", "arith.index_cast")
+)
+
+
+class Range(NamedTuple):
+    """Every integer that a value can be, both ends included; of a pointer, its distance from `base` in elements."""
+
+    low: float
+    high: float
+    base: Any = None  # the kernel's pointer argument
+
+
+_ANY = Range(-math.inf, math.inf)
+
+
+def audit(text: str) -> list[str]:
+    """Every problem of `unsafe(text)`, then one line of `dot_precisions(text)` per dot."""
+    return [*unsafe(text), *dot_precisions(text)]
+
+
+def unsafe(text: str) -> list[str]:
+    """The accesses without a mask that are not shown to stay in their array, the int32 offsets that can overflow, atomics.
+
+    `text` is Triton IR as `ttir` returns it: its first line states the grid and the arrays. Ranges of offsets are
+    followed from program ids, loop bounds and constants; a range that depends on loaded data is unknown, so that such an
+    access needs a mask. Without that first line only an access at element 0 is accepted without a mask.
+    """
+    grid, sizes = _read_header(text)
+    with ir.Context() as context:
+        dialect.register_dialect(context)
+        module = ir.Module.parse(text)
+        kernel = next(op for op in walk(module.operation) if op.name == "tt.func")
+        state = _Ranges(grid)
+        arguments = kernel.regions[0].blocks[0].arguments
+        for argument in arguments:
+            state.of[argument] = Range(0, 0, argument)
+        state.run(kernel.regions[0].blocks[0])
+        elements = dict(zip(arguments, sizes, strict=False))
+        return [line for op in state.seen.values() for line in _judge(op, elements)]
+
+
+def dot_precisions(text: str) -> list[str]:
+    """One line per tt.dot: "dot bf16 x bf16 -> f32, inputPrecision = tf32" (the precision matters for f32 operands only)."""
+    pattern = r"tt\.dot .*?(?:inputPrecision = (\w+) )?: tensor<[\dx]+x(\w+)> \* tensor<[\dx]+x(\w+)> -> tensor<[\dx]+x(\w+)>"
+    return [
+        f"dot {left} x {right} -> {out}, inputPrecision = {precision or 'ieee'}"
+        for precision, left, right, out in re.findall(pattern, text)
+    ]
+
+
+class _Seen(NamedTuple):
+    """A memory operation and what is known of its pointer (and of its offset's type) where it was last visited."""
+
+    op: Any
+    pointer: Range
+    mask: Range | None
+    narrow: bool
+
+
+def _read_header(text: str) -> tuple[tuple[int, ...], list[int]]:
+    """The grid, and the number of elements of each array, from the comment that `ttir` puts on the first line."""
+    found = re.match(r"// grid (\d+) (\d+) (\d+) arrays (.*)", text)
+    if found is None:
+        return (), []
+    shapes = re.findall(r"\w+\[([\d,]*)\]", found.group(4))
+    return tuple(map(int, found.groups()[:3])), [math.prod(int(n) for n in s.split(",") if n) for s in shapes]
+
+
+def _judge(seen: _Seen, elements: dict[Any, int]) -> list[str]:
+    """The problems of one memory operation."""
+    line, where, found = str(seen.op).strip(), seen.pointer, []
+    size = elements.get(where.base)
+    span = f"elements {where.low} to {where.high} of {'an unknown number' if size is None else size}"
+    if seen.op.name in _ACCESSES:
+        inside = where.base is not None and where.low >= 0 and where.high < (1 if size is None else size)
+        unmasked = seen.mask is None or (seen.mask.low == seen.mask.high != 0)
+        if unmasked and not inside:
+            found.append(f"unmasked {_ACCESSES[seen.op.name][0]} ({span}): {line}")
+    elif seen.op.name == "tt.addptr":
+        overflows = -math.inf < where.low < -_INT32_LIMIT or _INT32_LIMIT <= where.high < math.inf
+        if seen.narrow and (overflows or (size or 0) > _INT32_LIMIT):
+            found.append(f"int32 offset can overflow ({span}): {line}")
+    else:
+        found.append(f"atomic: {line}")
+    return found
+
+
+class _Ranges:
+    """Interval analysis of one kernel: `of` holds each value's range, `seen` every memory operation met."""
+
+    def __init__(self, grid: tuple[int, ...]) -> None:
+        self.grid, self.of, self.seen = grid, {}, {}
+
+    def run(self, block: Any) -> list[Range]:
+        """Visit `block` in order and return the ranges that its last operation passes on."""
+        for view in block:
+            op = view.operation
+            values = [self.of.get(value, _ANY) for value in op.operands]
+            self._record(op, values)
+            for result, known in zip(op.results, self._results(op, values), strict=True):
+                self.of[result] = known
+        return values if block else []
+
+    def _record(self, op: Any, values: list[Range]) -> None:
+        if op.name in _ACCESSES:
+            masked = len(values) > _ACCESSES[op.name][1]
+            self.seen[op] = _Seen(op, values[0], values[_ACCESSES[op.name][1]] if masked else None, False)
+        elif op.name == "tt.addptr":
+            self.seen[op] = _Seen(op, _add(values[0], values[1]), None, "i32" in str(op.operands[1].type))
+        elif op.name.startswith("tt.atomic"):
+            self.seen[op] = _Seen(op, values[0], None, False)
+
+    def _results(self, op: Any, values: list[Range]) -> list[Range]:
+        if op.name == "scf.for":
+            return self._loop(op, values)
+        if op.name == "scf.if":
+            branches = [self.run(region.blocks[0]) for region in op.regions if len(region.blocks)]
+            return [_union(*pair) for pair in zip(*branches, strict=True)] if len(branches) == 2 else []
+        for region in op.regions:  # scf.while, tt.reduce, tt.scan: their arguments stay unknown
+            for block in region:
+                self.run(block)
+        known = self._value(op, values) if len(op.results) == 1 else _ANY
+        return [known] * len(op.results)
+
+    def _loop(self, op: Any, values: list[Range]) -> list[Range]:
+        """Try the carried values as they enter; where the body changes their range they are unknown."""
+        body = op.regions[0].blocks[0]
+        carried = values[3:]
+        self.of[body.arguments[0]] = Range(values[0].low, values[1].high - 1)
+        for guess in (carried, None):
+            entering = guess or [_ANY] * len(carried)
+            self.of.update(zip(list(body.arguments)[1:], entering, strict=True))
+            leaving = self.run(body)
+            if all(_union(before, after) == before for before, after in zip(entering, leaving, strict=True)):
+                break
+        return [_union(before, after) for before, after in zip(carried, leaving, strict=True)]
+
+    def _value(self, op: Any, values: list[Range]) -> Range:
+        if op.name in _SAME_VALUE:
+            return values[0]
+        if op.name == "arith.constant":
+            return _constant(op.attributes["value"])
+        if op.name == "tt.make_range":
+            return Range(ir.IntegerAttr(op.attributes["start"]).value, ir.IntegerAttr(op.attributes["end"]).value - 1)
+        if op.name == "tt.get_program_id" and self.grid:
+            return Range(0, self.grid[ir.IntegerAttr(op.attributes["axis"]).value] - 1)
+        if op.name == "arith.select":
+            return _union(*values[1:])
+        rule = _ARITHMETIC.get(op.name)
+        return rule(*values) if rule else _ANY
+
+
+def _constant(attribute: Any) -> Range:
+    if isinstance(attribute, ir.DenseElementsAttr) and attribute.is_splat:
+        attribute = attribute.get_splat_value()
+    if isinstance(attribute, ir.IntegerAttr | ir.BoolAttr):
+        return Range(int(attribute.value), int(attribute.value))
+    return _ANY
+
+
+def _union(a: Range, b: Range) -> Range:
+    if a.base != b.base:
+        return _ANY
+    return Range(min(a.low, b.low), max(a.high, b.high), a.base)
+
+
+def _add(a: Range, b: Range) -> Range:
+    return Range(a.low + b.low, a.high + b.high, a.base)
+
+
+def _subtract(a: Range, b: Range) -> Range:
+    return Range(a.low - b.high, a.high - b.low)
+
+
+def _times(x: float, y: float) -> float:
+    return 0 if 0 in (x, y) else x * y
+
+
+def _multiply(a: Range, b: Range) -> Range:
+    corners = [_times(x, y) for x in a[:2] for y in b[:2]]
+    return Range(min(corners), max(corners))
+
+
+def _divide(a: Range, b: Range) -> Range:
+    if b.low <= 0 or math.inf in (-a.low, a.high, b.high):
+        return _ANY
+    corners = [int(abs(x) // y) * (1 if x >= 0 else -1) for x in a[:2] for y in b[:2]]
+    return Range(min(corners), max(corners))
+
+
+def _remainder(a: Range, b: Range) -> Range:
+    if b.low <= 0:
+        return _ANY
+    if 0 <= a.low and a.high < b.low:
+        return a
+    return Range(0 if a.low >= 0 else 1 - b.high, min(b.high - 1, max(a.high, 0)))
+
+
+_ARITHMETIC = {
+    "arith.addi": _add,
+    "tt.addptr": _add,
+    "arith.subi": _subtract,
+    "arith.muli": _multiply,
+    "arith.divsi": _divide,
+    "arith.remsi": _remainder,
+    "arith.minsi": lambda a, b: Range(min(a.low, b.low), min(a.high, b.high)),
+    "arith.maxsi": lambda a, b: Range(max(a.low, b.low), max(a.high, b.high)),
+}
