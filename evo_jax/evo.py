@@ -1,0 +1,126 @@
+"""evo_attention, the gated prefix sum, and the parameters it takes."""
+
+import functools
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from evo_jax import padding, shapes
+from evo_jax.backend import choose
+from evo_jax.require_cuda import require_cuda
+from reference.evo import evo_chunked
+from reference.evo_params import EvoParams, EvoSpec
+
+_OP = "evo_attention"
+
+
+def init_evo_params(key: jax.Array, head_dim: int, dtype: Any = jnp.float32) -> EvoParams:
+    """Random parameters for heads of width D = `head_dim`, shared by all heads of a layer; a pytree of ten arrays.
+
+    Kernels (D, D) and biases (D,) are uniform in (-1/sqrt(D), 1/sqrt(D)) as in the original; the LayerNorm is 1 and 0.
+
+    Raises:
+        ValueError: head_dim below 1, or float64 while x64 is off. TypeError: a dtype that is not a float.
+
+    >>> import jax, evo_jax
+    >>> params = evo_jax.init_evo_params(jax.random.key(0), 64)
+    >>> params.q_kernel.shape, params.norm_scale.shape
+    ((64, 64), (64,))
+    """
+    head_dim = shapes.integer("init_evo_params", "head_dim", head_dim)
+    if head_dim < 1:
+        raise ValueError(f"init_evo_params: {head_dim=} must be at least 1")
+    dtype = shapes.float_dtype("init_evo_params", "dtype", dtype)
+    draw_dtype, bound = shapes.widest(dtype, jnp.float32), 1 / math.sqrt(head_dim)
+    arrays = {"norm_scale": jnp.ones(head_dim, dtype), "norm_bias": jnp.zeros(head_dim, dtype)}
+    names = [name for name in EvoParams._fields if name not in arrays]
+    for name, leaf_key in zip(names, jax.random.split(key, len(names)), strict=True):
+        shape = (head_dim,) * (2 if name.endswith("kernel") else 1)
+        arrays[name] = jax.random.uniform(leaf_key, shape, draw_dtype, -bound, bound).astype(dtype)
+    return EvoParams(**arrays)
+
+
+def evo_attention(
+    v: Any,
+    params: EvoParams | None = None,
+    *,
+    query: Any = None,
+    causal: bool = True,
+    attention_mask: Any = None,
+    mask_semantics: str = "padding",
+    accum_dtype: Any = None,
+    block_m: int | None = None,
+    num_warps: int | None = None,
+    num_stages: int | None = None,
+    implementation: str | None = None,
+) -> jax.Array:
+    """EvoAttention's gated prefix sum over the tokens of each head, in O(L) time and memory.
+
+    With `lin_n(a) = a @ n_kernel + n_bias`, and c, S running sums over the tokens (causal) or sums over all of them:
+    `g = sigmoid(lin_gate(c / t))`, `S = sum(g v)`, `r = lin_q(query) / (|S| + |lin_local(v)| + 1e-8)`,
+    `f = sigmoid(lin_final(silu(r) v))`, `out = LayerNorm(f c)`. It is neither softmax nor a function of query-key
+    products. Source: the evo-attn package. First derivatives only: the kernels have no forward mode.
+
+    Args:
+        v: (B, H, L, D) values; float16, bfloat16, float32, or float64 where x64 is on. Any size may be 0 but D.
+        params: EvoParams for width D, in any float dtype. None: the parameters that
+            `init_evo_params(jax.random.key(0), D)` draws, once, so that two calls agree.
+        query: like `v`; None for `v` itself.
+        causal: token t sees tokens up to t; False: every token sees all.
+        attention_mask: (B, L), (B, 1, L) or (B, 1, L, 1); bool, int or float, 1 for a valid token.
+        mask_semantics: "padding": a masked token does not exist (means are over valid tokens, its output is exactly
+            0, its NaN is harmless). "multiply": the original's arithmetic (v * mask, means over positions, a row of
+            zeros counts as masked and gives norm_bias); the mask may be fractional.
+        accum_dtype: what both sums are carried in; default float32, or float64 for float64 `v`. float64 needs x64.
+        block_m, num_warps, num_stages: rows of a kernel's chunk and its Triton launch; the reference ignores them.
+        implementation: None, "triton", "reference" or "interpret".
+
+    Returns:
+        (B, H, L, D) in the dtype of `v`; elementwise maths and LayerNorm are in float32 (float64 for float64 `v`).
+
+    Raises:
+        ValueError: shapes that do not fit, a known mask with values other than 0 and 1 under "padding" (a traced one
+            gives NaN from there on), or a 64-bit accum_dtype while x64 is off. TypeError: dtypes.
+        NotImplementedError: implementation="triton" or "interpret" where the kernel cannot do this case.
+
+    >>> import jax, jax.numpy as jnp, evo_jax
+    >>> v = jax.random.normal(jax.random.key(1), (2, 4, 100, 16))
+    >>> out = evo_jax.evo_attention(v, evo_jax.init_evo_params(jax.random.key(0), 16))
+    >>> out.shape, bool(jnp.array_equal(out, evo_jax.evo_attention(v)))
+    ((2, 4, 100, 16), True)
+    """
+    v, query = shapes.values(_OP, v, query)
+    params = shapes.evo_params(_OP, _default_params(v.shape[3]) if params is None else params, v.shape[3])
+    shapes.one_of(_OP, "mask_semantics", mask_semantics, ("padding", "multiply"))
+    spec = EvoSpec(bool(causal), mask_semantics == "padding", shapes.accum_dtype(_OP, v, accum_dtype))
+    launch = shapes.launch(_OP, block_m, num_warps, num_stages)
+    v, rows = padding.resolve(_OP, v, attention_mask, mask_semantics, spec.causal)
+    arrays = (v,) if query is None else (v, query)
+    how = choose(_OP, implementation, lambda: _refusal(v, params, spec), arrays)
+    if how == "reference":
+        return evo_chunked(v, query, params, rows, spec)
+    v = require_cuda(v, _OP) if how == "triton" else v
+    return _kernel(v, query, params, rows, spec, mode=how, **launch)
+
+
+@functools.cache
+def _default_params(head_dim: int) -> EvoParams:
+    """Drawn while tracing, not by the traced program, so that they are the same numbers eagerly and under jit."""
+    with jax.ensure_compile_time_eval():
+        return EvoParams(*map(np.asarray, init_evo_params(jax.random.key(0), head_dim)))
+
+
+def _refusal(v: jax.Array, params: EvoParams, spec: EvoSpec) -> str | None:
+    from pallas_kernels import evo  # Pallas is imported only where a kernel may run
+
+    params_dtype = shapes.widest(*(a.dtype for a in params))
+    return evo.refusal(jax.ShapeDtypeStruct(v.shape, v.dtype), params_dtype, spec)
+
+
+def _kernel(*arrays: Any, **options: Any) -> jax.Array:
+    from pallas_kernels import evo
+
+    return evo.evo(*arrays, **options)

@@ -1,0 +1,38 @@
+"""The layers of evo_jax.modules for flax.linen users, through Flax's own bridge. Imported by itself: `evo_jax.linen`."""
+
+from typing import Any
+
+import jax.numpy as jnp
+from flax import nnx
+
+from evo_jax import modules, shapes
+
+
+def EvoAttention(  # noqa: N802 - used like the linen class it stands for
+    embed_dim: int,
+    num_heads: int,
+    *,
+    head_dim: int | None = None,
+    out_proj: bool = False,
+    dtype: Any = None,
+    param_dtype: Any = jnp.float32,
+    name: str | None = None,
+) -> nnx.bridge.ToLinen:
+    """A flax.linen module that is evo_jax.EvoAttention: same arguments, same numbers from the same parameters.
+
+    Its `params` collection holds the arrays of the nnx module under the same names, so that
+    `nnx.to_pure_dict(nnx.state(layer, nnx.Param))` of one is the `params` of the other.
+
+    Raises:
+        ValueError: num_heads * head_dim is not embed_dim.
+
+    >>> import jax, jax.numpy as jnp
+    >>> from evo_jax.linen import EvoAttention
+    >>> layer, x = EvoAttention(embed_dim=64, num_heads=4), jnp.ones((2, 10, 64))
+    >>> variables = layer.init(jax.random.key(0), x)
+    >>> layer.apply(variables, x, causal=False).shape
+    (2, 10, 64)
+    """
+    head_dim = shapes.head_width("EvoAttention", embed_dim, num_heads, head_dim)
+    options = {"head_dim": head_dim, "out_proj": out_proj, "dtype": dtype, "param_dtype": param_dtype}
+    return nnx.bridge.to_linen(modules.EvoAttention, embed_dim, num_heads, name=name, **options)

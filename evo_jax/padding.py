@@ -1,0 +1,60 @@
+"""What attention_mask means to EvoAttention, turned into the signed running count of tokens that all forms consume.
+
+`rows` is float32, (B, 1, L) or (B, H, L): its size is the divisor of the mean at that token and its sign says whether
+the token lives. NaN counts as alive and spreads, so a mask that could not be checked is never silently wrong.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from evo_jax import shapes
+
+
+def resolve(op: str, v: jax.Array, mask: Any, semantics: str, causal: bool) -> tuple[jax.Array, jax.Array | None]:
+    """(v, rows) for a mask of any accepted form; rows is None when every token lives and counts."""
+    batch, _, length, _ = v.shape
+    if mask is not None:
+        mask = shapes.token_mask(op, mask, batch, length)
+    if semantics == "multiply":
+        return _multiplied(v, mask, causal)
+    if mask is None:
+        return v, None
+    if mask.dtype == bool:
+        bad = None
+    elif shapes.known(mask):
+        bad = shapes.zeros_and_ones(op, mask)
+    else:
+        bad = (mask != 0) & (mask != 1)
+    return v, jax.lax.stop_gradient(_absent(jnp.asarray(mask) != 0, bad, causal))
+
+
+def valid_tokens(op: str, mask: Any, batch: int, length: int) -> jax.Array:
+    """(B, L) bool, True where the mask does not say 0."""
+    return jnp.asarray(shapes.token_mask(op, mask, batch, length)) != 0
+
+
+def _absent(valid: jax.Array, bad: jax.Array | None, causal: bool) -> jax.Array:
+    """Masked tokens do not exist: the mean at a token is over the valid tokens so far, or over all of them."""
+    running = jnp.cumsum if causal else _total
+    count = jnp.maximum(running(valid.astype(jnp.int32), axis=1), 1).astype(jnp.float32)
+    rows = jnp.where(valid, count, -count)
+    if bad is not None:
+        rows = jnp.where(running(bad.astype(jnp.int32), axis=1) > 0, np.float32("nan"), rows)
+    return rows[:, None]
+
+
+def _multiplied(v: jax.Array, mask: Any, causal: bool) -> tuple[jax.Array, jax.Array]:
+    """The original's arithmetic: v * mask, positions as divisors, and an all-zero row of v counts as masked."""
+    if mask is not None:
+        v = v * jnp.asarray(mask).astype(v.dtype)[:, None, :, None]
+    length = v.shape[2]
+    count = jnp.arange(1, length + 1, dtype=jnp.float32) if causal else jnp.full(length, length, jnp.float32)
+    alive = jnp.any(v != 0, axis=3)
+    return v, jax.lax.stop_gradient(jnp.where(alive, count, -count))
+
+
+def _total(x: jax.Array, axis: int) -> jax.Array:
+    return jnp.broadcast_to(jnp.sum(x, axis=axis, keepdims=True), x.shape)

@@ -1,0 +1,83 @@
+"""prefix_sum: running sums along one axis."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from evo_jax import shapes
+from evo_jax.backend import choose
+from evo_jax.require_cuda import require_cuda
+from reference.prefix_scan import prefix_sum_chunked
+
+_OP = "prefix_sum"
+_DTYPES = "a float of 16 to 64 bits, an integer or bool"
+
+
+def prefix_sum(
+    x: Any,
+    *,
+    axis: int = -2,
+    reverse: bool = False,
+    exclusive: bool = False,
+    accum_dtype: Any = None,
+    implementation: str | None = None,
+) -> jax.Array:
+    """Running sums of `x` along `axis`, `out[i] = x[0] + ... + x[i]`, in O(L) time and parallel over L.
+
+    The gradient is the same sum in the other direction. Sums are carried from the end where they start and never
+    come from a subtraction, so an exclusive or reverse sum is as exact as an inclusive one.
+
+    Args:
+        x: array of rank >= 1; float16, bfloat16, float32, float64 (where x64 is on), an integer, or bool.
+        axis: where L lies; the default is the length axis of (B, H, L, D), and the only axis of a rank-1 array.
+        reverse: sum from the end, `out[i] = x[i] + ... + x[L-1]`.
+        exclusive: leave `x[i]` itself out.
+        accum_dtype: what the sums are carried in; default float32 for 16-bit floats, int32 for narrow integers and
+            bool, else the dtype of `x`. float64 needs x64.
+        implementation: None, "triton", "reference" or "interpret".
+
+    Returns:
+        Array of the shape and dtype of `x`; int32 for bool.
+
+    Raises:
+        ValueError: no such axis, or a 64-bit accum_dtype while x64 is off. TypeError: a dtype that cannot be summed.
+        NotImplementedError: implementation="triton" where the kernel cannot run.
+
+    >>> import jax.numpy as jnp, evo_jax
+    >>> x = jnp.array([1.0, 2.0, 3.0])
+    >>> print(evo_jax.prefix_sum(x), evo_jax.prefix_sum(x, reverse=True, exclusive=True))
+    [1. 3. 6.] [5. 3. 0.]
+    """
+    x = _summable(x)
+    options = {
+        "axis": shapes.scan_axis(_OP, x, axis),
+        "reverse": bool(reverse),
+        "exclusive": bool(exclusive),
+        "accum_dtype": shapes.accum_dtype(_OP, x, accum_dtype),
+    }
+    how = choose(_OP, implementation, lambda: _refusal(x, options["accum_dtype"]), (x,))
+    if how == "reference":
+        return prefix_sum_chunked(x, **options)
+    return _kernel(require_cuda(x, _OP) if how == "triton" else x, how, options)
+
+
+def _summable(x: Any) -> jax.Array:
+    x = jnp.asarray(x)
+    if x.dtype == bool or jnp.issubdtype(x.dtype, jnp.integer):
+        return x
+    if not jnp.issubdtype(x.dtype, jnp.floating) or x.dtype.itemsize < 2:
+        raise TypeError(f"{_OP}: x.dtype={x.dtype.name} must be {_DTYPES}; cast it with astype")
+    return x
+
+
+def _refusal(x: jax.Array, accum_dtype: str) -> str | None:
+    from pallas_kernels import prefix_scan  # Pallas is imported only where a kernel may run
+
+    return prefix_scan.refusal(x.dtype, jnp.dtype(accum_dtype))
+
+
+def _kernel(x: jax.Array, mode: str, options: dict[str, Any]) -> jax.Array:
+    from pallas_kernels import prefix_scan
+
+    return prefix_scan.prefix_scan(x, mode=mode, **options)

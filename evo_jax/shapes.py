@@ -1,0 +1,191 @@
+"""One validation for all operations: ValueError for shapes and values, TypeError for dtypes, each with the way out.
+
+Every check runs while tracing, names the argument with what was given, and returns what the operation goes on with.
+"""
+
+import operator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from reference.evo_params import EvoParams
+
+_FLOATS = ("float16", "bfloat16", "float32", "float64")
+MASK_SHAPES = "(B, L), (B, 1, L) or (B, 1, L, 1)"
+
+
+def float_array(op: str, name: str, x: Any) -> jax.Array:
+    """`x` as an array of float16, bfloat16, float32 or float64."""
+    x = jnp.asarray(x)
+    if x.dtype.name not in _FLOATS:
+        raise TypeError(f"{op}: {name}.dtype={x.dtype.name} must be one of {', '.join(_FLOATS)}; cast it with astype")
+    return x
+
+
+def values(op: str, v: Any, query: Any) -> tuple[jax.Array, jax.Array | None]:
+    """v (B, H, L, D) and query, the same shape and dtype or None."""
+    v = float_array(op, "v", v)
+    if v.ndim != 4 or v.shape[3] == 0:
+        raise ValueError(f"{op}: {v.shape=} must be (B, H, L, D) with D >= 1; reshape (B, L, E) by heads first")
+    if query is None:
+        return v, None
+    query = float_array(op, "query", query)
+    if query.shape != v.shape:
+        raise ValueError(f"{op}: {query.shape=} must equal {v.shape=}")
+    if query.dtype != v.dtype:
+        raise TypeError(f"{op}: query.dtype={query.dtype.name} must equal v.dtype={v.dtype.name}; cast one of them")
+    return v, query
+
+
+def evo_params(op: str, params: Any, head_dim: int) -> EvoParams:
+    """The ten arrays of `params`, each of its shape for heads of this width."""
+    if not isinstance(params, EvoParams):
+        raise TypeError(
+            f"{op}: params is a {type(params).__name__} and must be an EvoParams, as from evo_jax.init_evo_params(key, "
+            f"{head_dim}) or EvoParams.from_state_dict(torch_module.state_dict())"
+        )
+    arrays = EvoParams(*(float_array(op, f"params.{name}", a) for name, a in params._asdict().items()))
+    for name, array in arrays._asdict().items():
+        expected = (head_dim,) * (2 if name.endswith("kernel") else 1)
+        if array.shape != expected:
+            raise ValueError(
+                f"{op}: params.{name}.shape={array.shape} must be {expected} for v.shape[-1]={head_dim}; "
+                f"make them with evo_jax.init_evo_params(key, {head_dim})"
+            )
+    return arrays
+
+
+def float_dtype(op: str, name: str, dtype: Any) -> np.dtype:
+    """A floating dtype that this process can hold: float64 only where x64 is on."""
+    result = _dtype(op, name, dtype)
+    if result.name not in _FLOATS:
+        raise TypeError(f"{op}: {name}={result.name} must be one of {', '.join(_FLOATS)}")
+    return result
+
+
+def accum_dtype(op: str, array: jax.Array, dtype: Any) -> str:
+    """Name of the dtype that sums of `array` are carried in: at least float32 or int32, never narrower than `array`.
+
+    float16 and bfloat16 default to float32, bool and narrow integers to int32, everything else to its own dtype.
+    """
+    if jnp.issubdtype(array.dtype, jnp.floating):
+        default = np.dtype("float64") if array.dtype == np.float64 else np.dtype("float32")
+    else:
+        default = array.dtype if array.dtype.itemsize >= 4 else np.dtype("int32")
+    if dtype is None:
+        return default.name
+    result = _dtype(op, "accum_dtype", dtype)
+    if result.kind != default.kind or result.itemsize < default.itemsize:
+        wider = {"f": "float32 or float64", "i": "int32 or int64", "u": "uint32 or uint64"}[default.kind]
+        raise TypeError(
+            f"{op}: accum_dtype={result.name} cannot carry sums of dtype {array.dtype.name}; "
+            f"leave it out for {default.name}, or give {wider}, not narrower than that"
+        )
+    return result.name
+
+
+def launch(op: str, block_m: int | None, num_warps: int | None, num_stages: int | None) -> dict[str, int | None]:
+    """The kernels' launch options, checked alike whether or not a kernel runs."""
+    checks = {"block_m": (block_m, 16, 1024), "num_warps": (num_warps, 1, 16), "num_stages": (num_stages, 1, None)}
+    for name, (value, low, high) in checks.items():
+        if value is None:
+            continue
+        number = integer(op, name, value)
+        if number < low or (high is not None and (number > high or number & (number - 1))):
+            span = f"a power of two from {low} to {high}" if high else f"at least {low}"
+            raise ValueError(f"{op}: {name}={value} must be {span}; leave it out for the default")
+    return {"block_m": block_m, "num_warps": num_warps, "num_stages": num_stages}
+
+
+def integer(op: str, name: str, value: Any) -> int:
+    """`value` as an int; TypeError for anything else, bool and traced values included."""
+    try:
+        if isinstance(value, bool | np.bool_ | jax.Array):
+            raise TypeError
+        return operator.index(value)
+    except TypeError:
+        raise TypeError(f"{op}: {name}={value!r} must be an int, known while tracing") from None
+
+
+def scan_axis(op: str, array: jax.Array, axis: Any) -> int:
+    """`axis` counted from 0; the default -2 means the only axis of a rank-1 array."""
+    axis = integer(op, "axis", axis)
+    if array.ndim == 0:
+        raise ValueError(f"{op}: x.shape=() has no axis to sum along; x must have rank >= 1")
+    if array.ndim == 1 and axis == -2:
+        return 0
+    if not -array.ndim <= axis < array.ndim:
+        raise ValueError(f"{op}: {axis=} is out of range for x.shape={array.shape}: {-array.ndim} to {array.ndim - 1}")
+    return axis % array.ndim
+
+
+def head_width(op: str, embed_dim: Any, num_heads: Any, head_dim: Any) -> int:
+    """Width of one head; heads tile the embedding exactly."""
+    embed_dim, num_heads = integer(op, "embed_dim", embed_dim), integer(op, "num_heads", num_heads)
+    if embed_dim < 1 or num_heads < 1:
+        raise ValueError(f"{op}: {embed_dim=} and {num_heads=} must be at least 1")
+    width = embed_dim // num_heads if head_dim is None else integer(op, "head_dim", head_dim)
+    if num_heads * width != embed_dim:
+        raise ValueError(
+            f"{op}: {embed_dim=} must equal num_heads * head_dim, and {num_heads=} with {head_dim=} does not divide it"
+        )
+    return width
+
+
+def token_mask(op: str, mask: Any, batch: int, length: int) -> jax.Array | np.ndarray:
+    """`mask` as (B, L), in its own dtype; a mask known while tracing stays what it is."""
+    if not isinstance(mask, jax.Array | np.ndarray):
+        mask = np.asarray(mask)
+    if mask.dtype != bool and not jnp.issubdtype(mask.dtype, jnp.integer) and mask.dtype.name not in _FLOATS:
+        raise TypeError(f"{op}: attention_mask.dtype={mask.dtype.name} must be bool, int or float")
+    if mask.shape not in ((batch, length), (batch, 1, length), (batch, 1, length, 1)):
+        raise ValueError(
+            f"{op}: attention_mask.shape={mask.shape} must be {MASK_SHAPES} with B={batch}, L={length}, 1 or True for "
+            "a valid token; a (B, 1, 1, L) or (B, L, 1) key mask: squeeze it to (B, L); (B, H, L), one per head: "
+            "multiply v by it instead"
+        )
+    return mask.reshape(batch, length)
+
+
+def known(mask: jax.Array | np.ndarray) -> bool:
+    """Whether the mask's values can be read here: not traced, and all of it in this process."""
+    return not isinstance(mask, jax.core.Tracer) and getattr(mask, "is_fully_addressable", True)
+
+
+def zeros_and_ones(op: str, mask: jax.Array | np.ndarray) -> None:
+    """ValueError unless every value of a known mask is 0 or 1."""
+    host = np.asarray(mask)
+    bad = host[(host != 0) & (host != 1)]
+    if bad.size:
+        raise ValueError(
+            f"{op}: attention_mask holds {bad.flat[0]} and must hold only 0 and 1 (or False and True); "
+            "an additive mask (0 and -inf): pass mask == 0; a fractional mask: pass mask_semantics='multiply'"
+        )
+
+
+def one_of(op: str, name: str, value: Any, choices: tuple[str, ...]) -> str:
+    """`value`, which must be one of `choices`."""
+    if value not in choices:
+        raise ValueError(f"{op}: {name}={value!r} must be one of {', '.join(map(repr, choices))}")
+    return value
+
+
+def widest(*dtypes: Any) -> np.dtype:
+    """The dtype that holds them all, by JAX's standard promotion even where strict promotion is on."""
+    with jax.numpy_dtype_promotion("standard"):
+        return jnp.result_type(*dtypes)
+
+
+def _dtype(op: str, name: str, dtype: Any) -> np.dtype:
+    try:
+        result = np.dtype(dtype)
+    except TypeError:
+        raise TypeError(f"{op}: {name}={dtype!r} is not a dtype") from None
+    if result.itemsize == 8 and result.kind in "fiu" and not jax.config.jax_enable_x64:
+        raise ValueError(
+            f"{op}: {name}={result.name} needs 64-bit types, which are off; enable them at start-up with "
+            "jax.config.update('jax_enable_x64', True) or JAX_ENABLE_X64=1"
+        )
+    return result
