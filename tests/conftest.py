@@ -1,0 +1,61 @@
+"""What every test shares: the platform, strict dtype promotion, the `gpu` marker, float64 and the golden cases."""
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+GOLDEN_DIR = Path(__file__).resolve().parents[2] / "shared" / "golden"
+
+
+def wants_gpu(config: pytest.Config) -> bool:
+    """Whether this run was asked for GPU tests, as in `pytest -m gpu`."""
+    marks = config.getoption("markexpr")
+    return "gpu" in marks and "not gpu" not in marks
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    # Before anything imports jax; a platform that the caller chose stays.
+    if not wants_gpu(config):
+        os.environ.setdefault("JAX_PLATFORMS", "cpu")
+    import jax
+
+    jax.config.update("jax_numpy_dtype_promotion", "strict")
+
+
+def cuda_missing() -> str | None:
+    """Why GPU tests cannot run here, or None where they can."""
+    import jax
+
+    if any(device.platform == "gpu" for device in jax.devices()):
+        return None
+    asked = os.environ.get("JAX_PLATFORMS")
+    if asked and "cuda" not in asked and "gpu" not in asked:
+        return f"JAX_PLATFORMS={asked}: GPU tests run under `pytest -m gpu` on a machine with a CUDA device"
+    return f"JAX sees no CUDA device, only {jax.devices()}"
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    gpu_tests = [item for item in items if item.get_closest_marker("gpu")]
+    reason = cuda_missing() if gpu_tests else None
+    for item in gpu_tests:
+        if reason:
+            item.add_marker(pytest.mark.skip(reason=reason))
+
+
+@pytest.fixture
+def x64() -> Iterator[None]:
+    """float64 and int64 within the test."""
+    import jax
+
+    with jax.enable_x64(True):
+        yield
+
+
+@pytest.fixture(scope="session")
+def golden_dir() -> Path:
+    """The folder with the original's recorded inputs and outputs, which is not part of this repository."""
+    if not GOLDEN_DIR.is_dir():
+        pytest.skip("the original's recorded cases are not beside this checkout (shared/golden)")
+    return GOLDEN_DIR
