@@ -17,29 +17,38 @@ def call(
     *args: Any,
     name: str,
     grid: Sequence[int],
-    in_specs: Sequence[Any],
+    in_specs: Any,
     out_specs: Any,
     out_shape: Any,
     num_warps: int,
     num_stages: int = 1,
     interpret: bool = False,
-    aliases: dict[int, int] | None = None,
+    in_place: Sequence[tuple[jax.Array, int]] = (),
 ) -> Any:
-    """Run `kernel` over `grid` through Triton, or in Pallas' interpreter.
+    """Run `kernel(*args, out)` over `grid`, through Triton or in Pallas' interpreter; args and out may be pytrees.
 
-    Compiler parameters are always given: without them JAX 0.10 lowers to Mosaic GPU instead of Triton.
+    `in_place` pairs an argument with the number of the output leaf that takes over its memory. Compiler parameters
+    are always given: without them JAX 0.10 lowers to Mosaic GPU instead of Triton.
     """
-    return pl.pallas_call(
-        kernel,
+    leaves, in_tree = jax.tree.flatten(args)
+    out_leaves, out_tree = jax.tree.flatten(out_shape)
+
+    def flat_kernel(*refs: Any) -> None:
+        kernel(*jax.tree.unflatten(in_tree, refs[: len(leaves)]), jax.tree.unflatten(out_tree, refs[len(leaves) :]))
+
+    aliases = {next(i for i, leaf in enumerate(leaves) if leaf is array): out for array, out in in_place}
+    outs = pl.pallas_call(
+        flat_kernel,
         grid=tuple(grid),
-        in_specs=list(in_specs),
-        out_specs=out_specs,
-        out_shape=out_shape,
+        in_specs=jax.tree.leaves(in_specs),
+        out_specs=jax.tree.leaves(out_specs),
+        out_shape=out_leaves,
         name=name,
         interpret=interpret,
-        input_output_aliases=aliases or {},
+        input_output_aliases=aliases,
         compiler_params=pltriton.CompilerParams(num_warps=num_warps, num_stages=num_stages),
-    )(*args)
+    )(*leaves)
+    return jax.tree.unflatten(out_tree, outs)
 
 
 def whole(array: Any) -> pl.BlockSpec:

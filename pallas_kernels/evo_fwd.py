@@ -94,7 +94,7 @@ def _launch(name: str, kernel: Any, inputs: Inputs, tables: Any, out_shape: Any,
 def _sums_kernel(inputs: Inputs, _: None, sums_ref: Any, *, geo: Geometry) -> None:
     """Pass A: the sum of v over each chunk."""
     block, chunk = plk.program_id(0), plk.program_id(1)
-    rows = t.chunk_rows(chunk, inputs.rows, geo)
+    rows = t.chunk_rows(inputs.rows, chunk, geo)
     v = t.load_tile(inputs.v, rows.index, rows.used, block, geo)
     t.store_carry(sums_ref, chunk, block, v.astype(geo.accum).sum(0), geo)
 
@@ -102,7 +102,7 @@ def _sums_kernel(inputs: Inputs, _: None, sums_ref: Any, *, geo: Geometry) -> No
 def _gated_sums_kernel(inputs: Inputs, tables: Tables, sums_ref: Any, *, geo: Geometry) -> None:
     """Pass B: the sum of g * v over each chunk, with g the gate of the running mean."""
     block, chunk = plk.program_id(0), plk.program_id(1)
-    rows = t.chunk_rows(chunk, inputs.rows, geo)
+    rows = t.chunk_rows(inputs.rows, chunk, geo)
 
     def step(k: Any, acc: jax.Array) -> jax.Array:
         mean, _ = _running_mean(inputs, tables, rows, chunk, k, geo)
@@ -162,7 +162,7 @@ def gates(inputs: Inputs, tables: Tables, rows: t.Rows, chunk: Any, block: Any, 
 def _output_kernel(inputs: Inputs, tables: Tables, out_ref: Any, *, geo: Geometry) -> None:
     """Pass C where one block holds a whole row: gate, final gate, LayerNorm, one write."""
     chunk = plk.program_id(1)
-    rows = t.chunk_rows(chunk, inputs.rows, geo)
+    rows = t.chunk_rows(inputs.rows, chunk, geo)
     of = gates(inputs, tables, rows, chunk, 0, geo)
     final = t.dot(of.gate, t.load_weight(inputs.params.final_kernel, 0, 0, geo), geo)
     final = t.sigmoid(final + t.load_columns(inputs.params.final_bias, 0, geo)[None, :])
@@ -180,21 +180,20 @@ def _store_normalised(inputs: Inputs, rows: t.Rows, parts: list, out_ref: Any, g
         out = x_hat * scale + t.load_columns(inputs.params.norm_bias, block, geo)[None, :]
         if geo.absent:
             out = jnp.where(rows.live[:, None], out, 0.0)
-        t.store_tile(out_ref, rows.index, rows.index < geo.length, block, out, geo)
+        t.store_tile(out_ref, rows.index, rows.inside, block, out, geo)
 
 
 def _gate_kernel(inputs: Inputs, tables: Tables, gate_ref: Any, *, geo: Geometry) -> None:
     """Pass C1 of wide rows: one column block of the gate."""
     block, chunk = plk.program_id(0), plk.program_id(1)
-    rows = t.chunk_rows(chunk, inputs.rows, geo)
+    rows = t.chunk_rows(inputs.rows, chunk, geo)
     of = gates(inputs, tables, rows, chunk, block, geo)
-    t.store_tile(gate_ref, rows.index, rows.index < geo.length, block, of.gate, geo)
+    t.store_tile(gate_ref, rows.index, rows.inside, block, of.gate, geo)
 
 
 def _norm(inputs: Inputs, tables: Tables, gate: jax.Array, geo: Geometry) -> jax.Array:
     """Pass C2 of wide rows, in place of the gate where the dtypes agree."""
     out = jax.ShapeDtypeStruct(gate.shape, inputs.v.dtype)
-    leaves = len(jax.tree.leaves((inputs, tables)))
     return plk.call(
         partial(_norm_kernel, geo=geo),
         inputs,
@@ -208,7 +207,7 @@ def _norm(inputs: Inputs, tables: Tables, gate: jax.Array, geo: Geometry) -> jax
         num_warps=8,
         num_stages=geo.launch.num_stages,
         interpret=geo.launch.interpret,
-        aliases={leaves: 0} if gate.dtype == out.dtype else None,
+        in_place=[(gate, 0)] if gate.dtype == out.dtype else [],
     )
 
 
@@ -218,7 +217,7 @@ def _norm_kernel(inputs: Inputs, tables: Tables, gate_ref: Any, out_ref: Any, *,
     Writing over the gate is safe: an output row waits for its LayerNorm, which waits for all of its gate.
     """
     chunk = plk.program_id(0)
-    rows = t.chunk_rows(chunk, inputs.rows, geo)
+    rows = t.chunk_rows(inputs.rows, chunk, geo)
     parts = []
     for block in range(geo.blocks):
         final = final_gate(inputs, gate_ref, rows, block, geo)
@@ -236,7 +235,7 @@ def final_gate(inputs: Inputs, gate_ref: Any, rows: t.Rows, block: Any, geo: Geo
     """One column block of f = sigmoid(gate @ W_f + b_f), from the rows of `gate_ref`."""
 
     def step(k: Any, acc: jax.Array) -> jax.Array:
-        gate = t.load_tile(gate_ref, rows.index, rows.index < geo.length, k, geo)
+        gate = t.load_tile(gate_ref, rows.index, rows.inside, k, geo)
         return acc + t.dot(gate, t.load_weight(inputs.params.final_kernel, k, block, geo), geo)
 
     (start,) = t.zeros(geo, 1)

@@ -55,23 +55,29 @@ class Rows:
     """The tokens of one chunk: where they are, which exist, and what their mean divides by."""
 
     index: jax.Array  # (C,) token numbers
-    live: jax.Array  # (C,) inside the sequence and not masked
+    local: jax.Array  # (C,) the same, counted from the first token of the segment (of the sequence, in the forward)
+    inside: jax.Array  # (C,) index < L
+    live: jax.Array  # (C,) inside and not masked
     used: jax.Array  # (C,) whose v and query are read: `live`, or all inside where masked tokens were zeroed before
     count: jax.Array  # (C,) float32 divisor of the running mean
 
 
-def chunk_rows(chunk: Any, rows_ref: Any, geo: Geometry, reverse: bool = False) -> Rows:
-    """Rows of chunk number `chunk`; `reverse` lists them from last to first, so that a cumsum is a suffix sum."""
+def chunk_rows(rows_ref: Any, chunk: Any, geo: Geometry, first: Any = 0, reverse: bool = False) -> Rows:
+    """Rows of chunk `chunk` of the segment whose first chunk is `first`.
+
+    `reverse` lists them from last to first, so that a cumsum down them is a suffix sum.
+    """
     step = jnp.arange(geo.chunk)
-    index = chunk * geo.chunk + (geo.chunk - 1 - step if reverse else step)
+    local = chunk * geo.chunk + (geo.chunk - 1 - step if reverse else step)
+    index = first * geo.chunk + local
     inside = index < geo.length
     if rows_ref is None:
         count = (index + 1).astype(jnp.float32) if geo.causal else jnp.full((geo.chunk,), geo.length, jnp.float32)
-        return Rows(index, inside, inside, count)
+        return Rows(index, local, inside, inside, inside, count)
     signed = plk.load(rows_ref, (index,), inside)
     live = inside & jnp.logical_not(signed < 0)
     count = jnp.where(inside, jnp.abs(signed), 1.0)
-    return Rows(index, live, live if geo.absent else inside, count)
+    return Rows(index, local, inside, live, live if geo.absent else inside, count)
 
 
 def columns(block: Any, geo: Geometry) -> tuple[jax.Array, jax.Array]:
@@ -99,9 +105,9 @@ def load_columns(ref: Any, block: Any, geo: Geometry) -> jax.Array:
 
 
 def load_carry(ref: Any, chunk: Any, block: Any, geo: Geometry) -> jax.Array:
-    """(w,) piece of a carry table's row, in the accumulation dtype."""
+    """(w,) piece of a row of a carry table: that of the chunk, or the only one of the non-causal form."""
     column, ok = columns(block, geo)
-    return plk.load(ref, (chunk if geo.causal else 0 * chunk, column), ok)
+    return plk.load(ref, (jnp.minimum(chunk, ref.shape[0] - 1), column), ok)
 
 
 def store_carry(ref: Any, chunk: Any, block: Any, value: jax.Array, geo: Geometry) -> None:
@@ -147,6 +153,11 @@ def over_blocks(step: Callable[[Any, Any], Any], init: Any, geo: Geometry) -> An
     if geo.blocks == 1:
         return step(0, init)
     return lax.fori_loop(0, geo.blocks, step, init)
+
+
+def sign(x: jax.Array) -> jax.Array:
+    """-1, 0 or 1."""
+    return jnp.where(x > 0, 1.0, jnp.where(x < 0, -1.0, 0.0))
 
 
 def zeros(geo: Geometry, n: int) -> tuple[jax.Array, ...]:

@@ -142,7 +142,7 @@ def _launch(name, kernel, args, out_shape, view: _View, scan: Scan) -> jax.Array
         *args,
         name=name,
         grid=view.grid,
-        in_specs=[None if a is None else plk.per_group(a, 2) for a in args],
+        in_specs=[plk.per_group(a, 2) for a in args if a is not None],
         out_specs=plk.per_group(out_shape, 2),
         out_shape=out_shape,
         num_warps=WARPS,

@@ -1,0 +1,239 @@
+"""Backward Evo kernels over one segment of the sequence; evo_bwd.py runs them in the order they stand here.
+
+Every kernel takes (first, inputs, tables, extras, out): `first` is the segment's first chunk, arrays named z_* and d_*
+belong to the segment alone, and a program owns one (rows, columns) tile of them.
+"""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels import _pallas as plk
+from pallas_kernels import evo_tile as t
+from pallas_kernels.evo_fwd import Inputs, Tables, final_gate, gates
+from pallas_kernels.evo_tile import Geometry
+
+
+def _tile_of(first_ref: Any, inputs: Inputs, geo: Geometry, reverse: bool = False) -> tuple[Any, Any, Any, t.Rows]:
+    """(column block, chunk of the segment, chunk of the sequence, rows) of this program."""
+    block, chunk, first = plk.program_id(0), plk.program_id(1), plk.load_scalar(first_ref)
+    return block, chunk, first + chunk, t.chunk_rows(inputs.rows, chunk, geo, first, reverse)
+
+
+class Gate(NamedTuple):
+    """Recomputed from the carries: the gate, g (None if not causal) and c of every token."""
+
+    gate: Any
+    g: Any
+    context: Any
+
+
+def gate_kernel(first: Any, inputs: Inputs, tables: Tables, _: Any, out: Gate, *, geo: Geometry) -> None:
+    """The gate again, with the g and c it was made from."""
+    block, _, chunk, rows = _tile_of(first, inputs, geo)
+    of = gates(inputs, tables, rows, chunk, block, geo)
+    t.store_tile(out.gate, rows.local, rows.inside, block, of.gate, geo)
+    if of.g is not None:
+        t.store_tile(out.g, rows.local, rows.inside, block, of.g, geo)
+    t.store_tile(out.context, rows.local, rows.inside, block, t.prefix(tables.context, chunk, block, of.v, geo), geo)
+
+
+def final_kernel(first: Any, inputs: Inputs, tables: Tables, gate: Any, out: Any, *, geo: Geometry) -> None:
+    """f = sigmoid(gate @ W_f + b_f)."""
+    block, _, _, rows = _tile_of(first, inputs, geo)
+    t.store_tile(out, rows.local, rows.inside, block, final_gate(inputs, gate, rows, block, geo), geo)
+
+
+class Norm(NamedTuple):
+    """Through LayerNorm and y = f c: z_final, the part of c' that comes from y, and sums over each block of rows."""
+
+    z_final: Any
+    d_context: Any
+    final_bias: Any
+    norm_scale: Any
+    norm_bias: Any
+
+
+def norm_kernel(
+    first: Any, inputs: Inputs, tables: Tables, extras: tuple[Any, Any, Any], out: Norm, *, geo: Geometry
+) -> None:
+    """LayerNorm backwards; here `geo` is one of whole rows: a single column block, few rows, no dot products."""
+    d_out_ref, final_ref, context_ref = extras
+    block, chunk, _, rows = _tile_of(first, inputs, geo)
+    final = t.load_tile(final_ref, rows.local, rows.inside, block, geo)
+    context = t.load_tile(context_ref, rows.local, rows.inside, block, geo)
+    d_out = t.load_tile(d_out_ref, rows.index, rows.used, block, geo)
+    _, ok = t.columns(block, geo)
+    live = rows.live[:, None]
+    x_hat, inverse = t.normalise(jnp.where(live, final * context, 0.0), geo.width, ok)
+    d_hat = d_out * t.load_columns(inputs.params.norm_scale, block, geo)[None, :]
+    mean = d_hat.sum(1)[:, None] / geo.width
+    slope = (d_hat * x_hat).sum(1)[:, None] / geo.width
+    d_y = jnp.where(live, inverse[:, None] * (d_hat - mean - x_hat * slope), 0.0)
+    z_final = d_y * context * final * (1.0 - final)
+    t.store_tile(out.z_final, rows.local, rows.inside, block, z_final, geo)
+    t.store_tile(out.d_context, rows.local, rows.inside, block, d_y * final, geo)
+    t.store_carry(out.final_bias, chunk, block, z_final.sum(0), geo)
+    t.store_carry(out.norm_scale, chunk, block, (d_out * x_hat).sum(0), geo)
+    t.store_carry(out.norm_bias, chunk, block, d_out.sum(0), geo)
+
+
+class Ratio(NamedTuple):
+    """Through gate = silu(r) v and r = q / (|S| + |local| + eps): z_q, z_local, S', the first part of v', and sums."""
+
+    z_q: Any
+    z_local: Any
+    d_gated: Any
+    d_v: Any
+    gated_sums: Any
+    q_bias: Any
+    local_bias: Any
+
+
+def ratio_kernel(
+    first: Any, inputs: Inputs, tables: Tables, extras: tuple[Any, Any], out: Ratio, *, geo: Geometry
+) -> None:
+    """gate' = z_final @ W_f^T, then down to the three arguments of r."""
+    z_final_ref, g_ref = extras
+    params = inputs.params
+    block, local_chunk, chunk, rows = _tile_of(first, inputs, geo)
+
+    def step(k: Any, accs: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+        v = t.load_tile(inputs.v, rows.index, rows.used, k, geo)
+        query = v if inputs.query is None else t.load_tile(inputs.query, rows.index, rows.used, k, geo)
+        z_final = t.load_tile(z_final_ref, rows.local, rows.inside, k, geo)
+        return (
+            accs[0] + t.dot(v, t.load_weight(params.local_kernel, k, block, geo), geo),
+            accs[1] + t.dot(query, t.load_weight(params.q_kernel, k, block, geo), geo),
+            accs[2] + t.dot(z_final, t.load_weight(params.final_kernel, block, k, geo), geo, (1, 1)),
+        )
+
+    local, q, d_gate = t.over_blocks(step, t.zeros(geo, 3), geo)
+    v = t.load_tile(inputs.v, rows.index, rows.used, block, geo)
+    gv = v if g_ref is None else v * t.load_tile(g_ref, rows.local, rows.inside, block, geo)
+    gated = t.prefix(tables.gated, chunk, block, gv, geo).astype(jnp.float32)
+    local = local + t.load_columns(params.local_bias, block, geo)[None, :]
+    q = q + t.load_columns(params.q_bias, block, geo)[None, :]
+    denominator = jnp.abs(gated) + jnp.abs(local) + t.DEN_EPS
+    ratio = q / denominator
+    s = t.sigmoid(ratio)
+    z_q = d_gate * v * s * (1.0 + ratio * (1.0 - s)) / denominator
+    z_local = -z_q * ratio * t.sign(local)
+    d_gated = -z_q * ratio * t.sign(gated)
+    for ref, tile in ((out.z_q, z_q), (out.z_local, z_local), (out.d_gated, d_gated), (out.d_v, d_gate * ratio * s)):
+        t.store_tile(ref, rows.local, rows.inside, block, tile, geo)
+    for ref, tile in ((out.gated_sums, d_gated), (out.q_bias, z_q), (out.local_bias, z_local)):
+        t.store_carry(ref, local_chunk, block, jnp.where(rows.inside[:, None], tile, 0.0).sum(0), geo)
+
+
+class Gated(NamedTuple):
+    """Through S = prefix(g v), causal form: z_gate, v' with its part D_S g, and sums."""
+
+    z_gate: Any
+    d_v: Any
+    gate_bias: Any
+
+
+def gated_kernel(
+    first: Any, inputs: Inputs, tables: Tables, extras: tuple[Any, ...], out: Gated, *, geo: Geometry
+) -> None:
+    """D_S by a suffix sum (rows from last to first), then z_gate = D_S v g (1 - g) and v' += D_S g."""
+    carries, d_gated_ref, d_v_ref, g_ref = extras
+    block, chunk, _, rows = _tile_of(first, inputs, geo, reverse=True)
+    suffix = t.prefix(carries, chunk, block, t.load_tile(d_gated_ref, rows.local, rows.inside, block, geo), geo)
+    suffix = suffix.astype(jnp.float32)
+    g = t.load_tile(g_ref, rows.local, rows.inside, block, geo)
+    v = t.load_tile(inputs.v, rows.index, rows.used, block, geo)
+    d_v = t.load_tile(d_v_ref, rows.local, rows.inside, block, geo)
+    z_gate = suffix * v * g * (1.0 - g)
+    t.store_tile(out.z_gate, rows.local, rows.inside, block, z_gate, geo)
+    t.store_tile(out.d_v, rows.local, rows.inside, block, d_v + suffix * g, geo)
+    t.store_carry(out.gate_bias, chunk, block, z_gate.sum(0), geo)
+
+
+class Linear(NamedTuple):
+    """Through the linears: all of c' and its sums over chunks, v' but for the suffix of c', and query' in place."""
+
+    d_context: Any
+    d_v: Any
+    context_sums: Any
+    d_query: Any
+
+
+def linear_kernel(
+    first: Any, inputs: Inputs, tables: Tables, extras: tuple[Any, ...], out: Linear, *, geo: Geometry
+) -> None:
+    """c' += (z_gate @ W_g^T) / t and v' += z_local @ W_l^T, and z_q @ W_q^T into query' (or v' where q is v)."""
+    z_q_ref, z_local_ref, z_gate_ref, d_context_ref, d_v_ref, _ = extras
+    params = inputs.params
+    block, local_chunk, _, rows = _tile_of(first, inputs, geo)
+
+    def step(k: Any, accs: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+        pairs = ((z_q_ref, params.q_kernel), (z_local_ref, params.local_kernel), (z_gate_ref, params.gate_kernel))
+        return tuple(
+            acc if ref is None else acc + _back(ref, kernel, rows, block, k, geo)
+            for acc, (ref, kernel) in zip(accs, pairs, strict=True)
+        )
+
+    from_q, from_local, from_mean = t.over_blocks(step, t.zeros(geo, 3), geo)
+    d_context = t.load_tile(d_context_ref, rows.local, rows.inside, block, geo)
+    d_context = d_context + jnp.where(rows.inside[:, None], from_mean / rows.count[:, None], 0.0)
+    d_v = t.load_tile(d_v_ref, rows.local, rows.inside, block, geo) + from_local
+    if out.d_query is None:
+        d_v = d_v + from_q
+    else:
+        t.store_tile(out.d_query, rows.index, rows.used, block, from_q, geo)
+    t.store_tile(out.d_context, rows.local, rows.inside, block, d_context, geo)
+    t.store_tile(out.d_v, rows.local, rows.inside, block, d_v, geo)
+    t.store_carry(out.context_sums, local_chunk, block, d_context.astype(geo.accum).sum(0), geo)
+
+
+def _back(z_ref: Any, kernel: Any, rows: t.Rows, block: Any, k: Any, geo: Geometry) -> jax.Array:
+    """One term of z @ kernel^T."""
+    z = t.load_tile(z_ref, rows.local, rows.inside, k, geo)
+    return t.dot(z, t.load_weight(kernel, block, k, geo), geo, (1, 1))
+
+
+def v_kernel(first: Any, inputs: Inputs, tables: Tables, extras: tuple[Any, ...], out: Any, *, geo: Geometry) -> None:
+    """v' += D_c by a suffix sum (causal form), written once; rows of absent tokens stay 0."""
+    carries, d_context_ref, d_v_ref, _ = extras
+    block, chunk, _, rows = _tile_of(first, inputs, geo, reverse=True)
+    d_v = t.load_tile(d_v_ref, rows.local, rows.inside, block, geo)
+    if geo.causal:
+        d_context = t.load_tile(d_context_ref, rows.local, rows.inside, block, geo)
+        d_v = d_v + t.prefix(carries, chunk, block, d_context, geo).astype(jnp.float32)
+    t.store_tile(out, rows.index, rows.used, block, d_v, geo)
+
+
+class Factor(NamedTuple):
+    """What the left factor x of a weight gradient x^T z is: rows of the sequence or of the segment, or c / t."""
+
+    in_segment: bool = False
+    is_context: bool = False
+
+
+def weight_kernel(
+    first_ref: Any, inputs: Inputs, refs: tuple[Any, Any], out: Any, *, factor: Factor, split: tuple[int, int], geo: Geometry
+) -> None:
+    """x^T z over `repeats` of the segment's `chunks`, one (w, w) block; the partial sums are added up outside."""
+    (x_ref, z_ref), (chunks, repeats) = refs, split
+    row_block, column_block = plk.program_id(0), plk.program_id(1)
+    part, first = plk.program_id(2), plk.load_scalar(first_ref)
+
+    def step(i: Any, acc: jax.Array) -> jax.Array:
+        rows = t.chunk_rows(inputs.rows, part * repeats + i, geo, first)
+        if factor.in_segment:
+            x = t.load_tile(x_ref, rows.local, rows.inside, row_block, geo)
+        else:
+            x = t.load_tile(x_ref, rows.index, rows.used, row_block, geo)
+        if factor.is_context:
+            x = x / rows.count[:, None]
+        z = t.load_tile(z_ref, rows.local, rows.inside, column_block, geo)
+        return acc + t.dot(x, z, geo, (0, 0))
+
+    steps = jnp.minimum(repeats, chunks - part * repeats)
+    acc = jax.lax.fori_loop(0, steps, step, jnp.zeros((geo.block, geo.block), jnp.float32))
+    (row, row_ok), (column, column_ok) = t.columns(row_block, geo), t.columns(column_block, geo)
+    index = (part, row[:, None], column[None, :])
+    plk.store(out, index, acc, row_ok[:, None] & column_ok[None, :])
