@@ -1,0 +1,97 @@
+"""chunk_loop: run a step over chunks of a sequence with a carry, saving only each chunk's start carry for the backward."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+
+AXIS = 2  # every array in `xs` and `aux` is (B, H, L, ...)
+Tree = Any
+
+
+class Step(NamedTuple):
+    """`function(static, consts, carry, xs, aux, start) -> (carry, out)` on chunks of `size` tokens along axis 2."""
+
+    function: Callable[..., tuple[Tree, Array]]
+    static: Any
+    size: int
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def chunk_loop(step: Step, consts: Tree, carry: Tree, xs: Tree, aux: Tree) -> tuple[Tree, Array]:
+    """The last carry and the outputs, (B, H, L, ...). `aux` gets no gradient."""
+    return _forward(step, consts, carry, xs, aux)[0]
+
+
+def _forward(step, consts, carry, xs, aux):
+    length = jax.tree.leaves(xs)[0].shape[AXIS]
+    full, rest = divmod(length, step.size)
+
+    def run(start, size, carry):
+        return step.function(step.static, consts, carry, _slice(xs, start, size), _slice(aux, start, size), start)
+
+    out_like = jax.eval_shape(lambda carry: run(0, step.size if full else rest, carry), carry)[1]
+    out = jnp.zeros((*out_like.shape[:AXIS], length, *out_like.shape[AXIS + 1 :]), out_like.dtype)
+    starts = jax.tree.map(lambda c: jnp.zeros((full, *c.shape), c.dtype), carry)
+
+    def body(i, state):
+        carry, starts, out = state
+        starts = jax.tree.map(lambda s, c: lax.dynamic_update_index_in_dim(s, c, i, 0), starts, carry)
+        carry, chunk = run(i * step.size, step.size, carry)
+        return carry, starts, lax.dynamic_update_slice_in_dim(out, chunk, i * step.size, AXIS)
+
+    last, starts, out = _repeat(full, body, (carry, starts, out))
+    end = last
+    if rest:
+        end, chunk = run(full * step.size, rest, last)
+        out = lax.dynamic_update_slice_in_dim(out, chunk, full * step.size, AXIS)
+    return (end, out), (consts, starts, last, xs, aux)
+
+
+def _backward(step, residuals, cotangents):
+    consts, starts, last, xs, aux = residuals
+    d_carry, d_out = cotangents
+    full, rest = divmod(d_out.shape[AXIS], step.size)
+
+    def pull(start, size, carry, d_carry):
+        aux_chunk = _slice(aux, start, size)
+
+        def run(consts, carry, xs):
+            return step.function(step.static, consts, carry, xs, aux_chunk, start)
+
+        _, vjp = jax.vjp(run, consts, carry, _slice(xs, start, size))
+        return vjp((d_carry, _slice(d_out, start, size)))
+
+    d_consts = jax.tree.map(jnp.zeros_like, consts)
+    d_xs = jax.tree.map(jnp.zeros_like, xs)
+
+    def add(state, start, size, carry):
+        d_consts, d_carry, d_xs = state
+        chunk_consts, d_carry, chunk_xs = pull(start, size, carry, d_carry)
+        d_consts = jax.tree.map(jnp.add, d_consts, chunk_consts)
+        d_xs = jax.tree.map(lambda d, c: lax.dynamic_update_slice_in_dim(d, c, start, AXIS), d_xs, chunk_xs)
+        return d_consts, d_carry, d_xs
+
+    def body(k, state):
+        i = full - 1 - k
+        carry = jax.tree.map(lambda s: lax.dynamic_index_in_dim(s, i, 0, keepdims=False), starts)
+        return add(state, i * step.size, step.size, carry)
+
+    state = (d_consts, d_carry, d_xs)
+    if rest:
+        state = add(state, full * step.size, rest, last)
+    return *_repeat(full, body, state), None
+
+
+def _repeat(count, body, state):
+    return lax.fori_loop(0, count, body, state) if count > 1 else body(0, state) if count else state
+
+
+def _slice(tree, start, size):
+    return jax.tree.map(lambda x: lax.dynamic_slice_in_dim(x, start, size, AXIS), tree)
+
+
+chunk_loop.defvjp(_forward, _backward)
