@@ -5,6 +5,7 @@ import re
 import subprocess
 import sys
 import tempfile
+import tomllib
 from pathlib import Path
 from typing import NamedTuple
 
@@ -28,14 +29,12 @@ LANES = {
 # The one nvidia-cuda-runtime that both nvcc and the CUDA build of torch 2.13.0 accept.
 EXTRA_CONSTRAINTS = ["nvidia-cuda-runtime==13.0.96"]
 
-# Not for `make test`: editors' and contributors' tools, and triton, which the CUDA build of torch pins to its own version.
+# Not for `make test`: a contributor's tool, and triton, which the CUDA build of torch pins to a version of its own.
 UNPINNED = {"evo-jax", "pre-commit", "triton"}
 
 
 def requirements_of(extras: list[str]) -> list[str]:
     """The project's own dependencies and those of `extras`, with references to other extras resolved."""
-    import tomllib
-
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     wanted, todo, seen = list(project["dependencies"]), list(extras), set()
     while todo:
@@ -69,12 +68,12 @@ def is_linux_only(name: str) -> bool:
     return name.startswith(("nvidia-", "jax-cuda"))
 
 
-def write(path: Path, about: str, pins: dict[str, str]) -> None:
+def write(name: str, about: str, pins: dict[str, str]) -> None:
     lines = [f"# {about} Made by `make pins`."]
     for name, version in sorted(pins.items()):
         lines.append(f"{name}=={version}" + ("; sys_platform == 'linux'" if is_linux_only(name) else ""))
-    path.write_text("\n".join(lines) + "\n")
-    print(f"{path.relative_to(ROOT)}: {len(pins)} packages")
+    (ROOT / f"requirements/{name}.txt").write_text("\n".join(lines) + "\n")
+    print(f"requirements/{name}.txt: {len(pins)} packages")
 
 
 def main(name: str) -> None:
@@ -86,8 +85,8 @@ def main(name: str) -> None:
     everything = resolve(wanted, [*jax, *EXTRA_CONSTRAINTS])
     frozen = [f"{package}=={version}" for package, version in everything.items()]
     demo = resolve([*requirements_of(["demo"]), "hatchling"], frozen)
-    write(ROOT / f"requirements/{name}-demo.txt", f"JAX {lane.jax}: what `make demo` installs.", demo)
-    write(ROOT / f"requirements/{name}.txt", f"JAX {lane.jax}: what `make test`, `make lint` and `make types` install.", everything)
+    write(f"{name}-demo", f"JAX {lane.jax}: what `make demo` installs.", demo)
+    write(name, f"JAX {lane.jax}: what `make test`, `make lint` and `make types` install.", everything)
 
 
 if __name__ == "__main__":
