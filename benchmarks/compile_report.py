@@ -26,18 +26,29 @@ from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from benchmarks.compile_pool import run_in_pool
-from benchmarks.ptx import KernelReport, kernel_reports
-from benchmarks.targets import TARGETS
+from benchmarks.ptx import KernelReport, find_ptxas, kernel_reports
+from benchmarks.targets import TARGETS, allow_no_gpu
 from benchmarks.ttir import quiet_lowering, triton_calls, ttir
+from benchmarks.ttir_audit import audit, dot_precisions, unsafe
 
-__all__ = ["TARGETS", "KernelReport", "Report", "compile_for", "missing_wheels", "problems", "ttir"]
+__all__ = [
+    "TARGETS",
+    "KernelReport",
+    "Report",
+    "audit",
+    "compile_for",
+    "dot_precisions",
+    "missing_wheels",
+    "problems",
+    "ttir",
+    "unsafe",
+]
 
 _COLUMNS = (
     *("case", "target", "kernel", "regs", "spill", "smem", "warps", "grid"),
     *("wgmma", "mma.sync", "cp.async", "atom", "temp", "s"),
 )
 _DUMP = {"xla_dump_hlo_as_text": True, "xla_dump_emitter_re": "ptx"}  # the second: jax >= 0.12 writes no PTX without it
-_SKIP_CHECK = "JAX_SKIP_CUDA_CONSTRAINTS_CHECK"
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +68,7 @@ def missing_wheels() -> str | None:
     """Why `compile_for` cannot run here, or None: which of the wheels it needs is not installed."""
     needed = {"jax_cuda13_plugin": "jax-cuda13-plugin", "jax_plugins.xla_cuda13": "jax-cuda13-pjrt"}
     absent = [wheel for module, wheel in needed.items() if not _importable(module)]
+    absent += ["nvidia-cuda-nvcc"] * (find_ptxas() is None)
     return f"not installed: {', '.join(absent)}" if absent else None
 
 
@@ -82,7 +94,9 @@ def compile_for(fn: Callable[..., Any], args: Any, target: str = "h100") -> Repo
     names = {call.name for call in triton_calls(lowered) if 0 not in call.grid}
     kernels = {report.name: name for report in reports if (name := _base_name(report.name, names))}
     if lost := names - set(kernels.values()):
-        raise RuntimeError(f"XLA compiled {sorted(lost)} but its dump holds no PTX of them: the dump options have changed")
+        raise RuntimeError(
+            f"XLA compiled {sorted(lost)} but its dump holds no PTX of them: the dump options have changed"
+        )
     memory = compiled.memory_analysis()
     return Report(
         target,
@@ -114,12 +128,11 @@ def _importable(module: str) -> bool:
 
 
 def _topology_mesh(target: str) -> Mesh:
-    """One described device; without the variable the plugin insists on cuDNN, which compiling does not need."""
-    os.environ.setdefault(_SKIP_CHECK, "1")
+    allow_no_gpu()
     try:
         topology = topologies.get_topology_desc(platform="cuda", target_config=TARGETS[target].proto, topology="1x1x1")
     except NotImplementedError as error:
-        advice = missing_wheels() or f"set {_SKIP_CHECK}=1 or JAX_PLATFORMS=cpu before JAX starts its backends"
+        advice = missing_wheels() or "set JAX_PLATFORMS=cpu before JAX starts its backends"
         raise RuntimeError(f"JAX's CUDA plugin is not available: {advice}") from error
     return topologies.make_mesh(topology, (1,), ("device",))
 
@@ -171,7 +184,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--limit", type=float, default=120, help="seconds one compilation may take")
     options = parser.parse_args(argv)
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
-    os.environ.setdefault(_SKIP_CHECK, "1")
+    allow_no_gpu()
     tasks = {
         (label, target): (options.configs, index, dtype, width, target)
         for index, config in enumerate(importlib.import_module(options.configs).CONFIGS)
@@ -185,7 +198,7 @@ def main(argv: list[str] | None = None) -> int:
     results = run_in_pool(tasks, options.jobs, options.limit)
     print(_table(results))
     failures = [f"{label} on {target}: {text}" for (label, target), r in results.items() for text in r["failures"]]
-    print("\n".join([*(f"FAILED {line}" for line in failures), f"{len(tasks)} compiled, {len(failures)} failures"]))
+    print("\n".join([*(f"FAILED {line}" for line in failures), f"{len(tasks)} compilations, {len(failures)} failures"]))
     if options.json:
         rows = [{"case": label, "target": target, **result} for (label, target), result in results.items()]
         options.json.write_text(json.dumps({"jax": jax.__version__, "results": rows}, indent=1) + "\n")

@@ -48,15 +48,12 @@ class Launch:
     shared_bytes: int
 
 
-def find_ptxas() -> str:
-    """Path of the ptxas of the nvidia-cuda-nvcc wheel (the one XLA uses), else of the one on PATH."""
+def find_ptxas() -> str | None:
+    """Path of the ptxas of the nvidia-cuda-nvcc wheel (the one XLA uses), else of the one on PATH, or None."""
     site = [Path(sysconfig.get_path(key)) for key in ("purelib", "platlib")]
     for path in (path for root in site for path in sorted(root.glob("nvidia/*/bin/ptxas"), reverse=True)):
         return str(path)
-    found = shutil.which("ptxas")
-    if found is None:
-        raise FileNotFoundError("no ptxas: install the nvidia-cuda-nvcc wheel (13.0 or later) beside jax-cuda13-plugin")
-    return found
+    return shutil.which("ptxas")
 
 
 def entries(ptx: str) -> Iterator[tuple[str, str]]:
@@ -76,7 +73,10 @@ def register_usage(path: Path) -> dict[str, tuple[int, int, int]]:
     """{kernel: (registers per thread, spill store bytes, spill load bytes)} of one PTX file, by `ptxas -v`."""
     arch = re.search(r"^\.target (\w+)", path.read_text(), re.MULTILINE)
     assert arch is not None, f"{path.name} names no target"
-    command = [find_ptxas(), "-v", f"-arch={arch.group(1)}", str(path), "-o", "/dev/null"]
+    ptxas = find_ptxas()
+    if ptxas is None:
+        raise FileNotFoundError("no ptxas: install the nvidia-cuda-nvcc wheel (13.0 or later) beside jax-cuda13-plugin")
+    command = [ptxas, "-v", f"-arch={arch.group(1)}", str(path), "-o", "/dev/null"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
     if done.returncode:
         raise RuntimeError(f"ptxas refused {path.name}: {(done.stderr or done.stdout).strip()[:2000]}")

@@ -1,5 +1,6 @@
 """The GPUs that kernels are compiled for without a GPU: one row of facts each, printed as XLA's target description."""
 
+import os
 from dataclasses import dataclass
 
 
@@ -55,3 +56,12 @@ TARGETS: dict[str, Target] = {
     "h200": Target("NVIDIA H200", (9, 0), 132, 128, 233472, 232448, 62914560, 4800 * 10**9, 150 * 10**9, 1.98),
     "a100": Target("NVIDIA A100-SXM4-80GB", (8, 0), 108, 64, 167936, 166912, 41943040, 2039 * 10**9, 85520809984, 1.41),
 }
+
+
+def allow_no_gpu() -> None:
+    """Let JAX's CUDA plugin load on a machine without cuDNN, which compiling does not need.
+
+    The plugin reads the variable when JAX starts its backends, so this comes too late in a process that has run
+    something already, unless that process was started with JAX_PLATFORMS=cpu or with the variable set.
+    """
+    os.environ.setdefault("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")

@@ -10,7 +10,7 @@ from jax.sharding import AbstractDevice, AbstractMesh
 from jaxlib.mlir import ir
 from jaxlib.triton import dialect
 
-from benchmarks.targets import TARGETS
+from benchmarks.targets import TARGETS, allow_no_gpu
 
 _TRITON_CALL = "__gpu$xla.gpu.triton"
 
@@ -43,6 +43,7 @@ def ttir(fn: Callable[..., Any], args: Any, target: str = "h100") -> list[tuple[
 
 def lower_abstract(fn: Callable[..., Any], args: Any, target: str) -> jax.stages.Lowered:
     """Lower for CUDA against an abstract device: nothing but jaxlib is needed."""
+    allow_no_gpu()
     device = AbstractDevice(TARGETS[target].description, num_cores=TARGETS[target].core_count, platform="gpu")
     with jax.sharding.use_abstract_mesh(AbstractMesh((1,), ("device",), abstract_device=device)), quiet_lowering():
         return jax.jit(fn).trace(*args).lower(lowering_platforms=("cuda",))

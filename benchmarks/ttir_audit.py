@@ -2,6 +2,7 @@
 
 import math
 import re
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from jaxlib.mlir import ir
@@ -33,11 +34,13 @@ def audit(text: str) -> list[str]:
 
 
 def unsafe(text: str) -> list[str]:
-    """The accesses without a mask that are not shown to stay in their array, the int32 offsets that can overflow, atomics.
+    """Accesses without a mask that are not shown to stay in their array, int32 offsets that can overflow, atomics.
 
     `text` is Triton IR as `ttir` returns it: its first line states the grid and the arrays. Ranges of offsets are
-    followed from program ids, loop bounds and constants; a range that depends on loaded data is unknown, so that such an
-    access needs a mask. Without that first line only an access at element 0 is accepted without a mask.
+    followed from program ids, loop bounds and constants; a range that depends on loaded data is unknown, so that such
+    an access needs a mask. Without that first line only an access at element 0 is accepted without a mask.
+    "In its array" means between its first and its last element: a column past the end of a row is not seen here, but
+    by the interpreter.
     """
     grid, sizes = _read_header(text)
     with ir.Context() as context:
@@ -54,8 +57,10 @@ def unsafe(text: str) -> list[str]:
 
 
 def dot_precisions(text: str) -> list[str]:
-    """One line per tt.dot: "dot bf16 x bf16 -> f32, inputPrecision = tf32" (the precision matters for f32 operands only)."""
-    pattern = r"tt\.dot .*?(?:inputPrecision = (\w+) )?: tensor<[\dx]+x(\w+)> \* tensor<[\dx]+x(\w+)> -> tensor<[\dx]+x(\w+)>"
+    """One line per tt.dot, "dot f32 x f32 -> f32, inputPrecision = tf32"; only f32 operands heed the precision."""
+    pattern = (
+        r"tt\.dot .*?(?:inputPrecision = (\w+) )?: tensor<[\dx]+x(\w+)> \* tensor<[\dx]+x(\w+)> -> tensor<[\dx]+x(\w+)>"
+    )
     return [
         f"dot {left} x {right} -> {out}, inputPrecision = {precision or 'ieee'}"
         for precision, left, right, out in re.findall(pattern, text)
@@ -126,28 +131,41 @@ class _Ranges:
 
     def _results(self, op: Any, values: list[Range]) -> list[Range]:
         if op.name == "scf.for":
-            return self._loop(op, values)
+            return self._for(op, values)
+        if op.name == "scf.while":
+            return self._while(op, values)
         if op.name == "scf.if":
             branches = [self.run(region.blocks[0]) for region in op.regions if len(region.blocks)]
             return [_union(*pair) for pair in zip(*branches, strict=True)] if len(branches) == 2 else []
-        for region in op.regions:  # scf.while, tt.reduce, tt.scan: their arguments stay unknown
+        for region in op.regions:  # of tt.reduce and tt.scan: their arguments stay unknown
             for block in region:
                 self.run(block)
         known = self._value(op, values) if len(op.results) == 1 else _ANY
         return [known] * len(op.results)
 
-    def _loop(self, op: Any, values: list[Range]) -> list[Range]:
-        """Try the carried values as they enter; where the body changes their range they are unknown."""
+    def _for(self, op: Any, values: list[Range]) -> list[Range]:
         body = op.regions[0].blocks[0]
-        carried = values[3:]
         self.of[body.arguments[0]] = Range(values[0].low, values[1].high - 1)
-        for guess in (carried, None):
-            entering = guess or [_ANY] * len(carried)
-            self.of.update(zip(list(body.arguments)[1:], entering, strict=True))
-            leaving = self.run(body)
-            if all(_union(before, after) == before for before, after in zip(entering, leaving, strict=True)):
-                break
-        return [_union(before, after) for before, after in zip(carried, leaving, strict=True)]
+
+        def turn(carried: list[Range]) -> tuple[list[Range], list[Range]]:
+            leaving = self._enter(body, list(body.arguments)[1:], carried)
+            return leaving, leaving
+
+        leaving = _settle(turn, values[3:])
+        return [_union(before, after) for before, after in zip(values[3:], leaving, strict=True)]
+
+    def _while(self, op: Any, values: list[Range]) -> list[Range]:
+        before, after = (region.blocks[0] for region in op.regions)
+
+        def turn(carried: list[Range]) -> tuple[list[Range], list[Range]]:
+            passed = self._enter(before, before.arguments, carried)[1:]  # the first is the condition
+            return self._enter(after, after.arguments, passed), passed
+
+        return _settle(turn, values)
+
+    def _enter(self, block: Any, arguments: Any, values: list[Range]) -> list[Range]:
+        self.of.update(zip(arguments, values, strict=True))
+        return self.run(block)
 
     def _value(self, op: Any, values: list[Range]) -> Range:
         if op.name in _SAME_VALUE:
@@ -162,6 +180,24 @@ class _Ranges:
             return _union(*values[1:])
         rule = _ARITHMETIC.get(op.name)
         return rule(*values) if rule else _ANY
+
+
+def _settle(turn: Callable[[list[Range]], tuple[list[Range], list[Range]]], carried: list[Range]) -> list[Range]:
+    """Run `turn` (carried values -> carried values after it, and what to return) until the ranges no longer grow."""
+    while True:
+        leaving, result = turn(carried)
+        widened = [_widen(before, after) for before, after in zip(carried, leaving, strict=True)]
+        if widened == carried:
+            return result
+        carried = widened
+
+
+def _widen(before: Range, after: Range) -> Range:
+    """`before`, with no bound on the side where `after` passes it."""
+    if before.base != after.base:
+        return _ANY
+    low = before.low if after.low >= before.low else -math.inf
+    return Range(low, before.high if after.high <= before.high else math.inf, before.base)
 
 
 def _constant(attribute: Any) -> Range:
@@ -205,7 +241,7 @@ def _divide(a: Range, b: Range) -> Range:
 def _remainder(a: Range, b: Range) -> Range:
     if b.low <= 0:
         return _ANY
-    if 0 <= a.low and a.high < b.low:
+    if a.low >= 0 and a.high < b.low:
         return a
     return Range(0 if a.low >= 0 else 1 - b.high, min(b.high - 1, max(a.high, 0)))
 

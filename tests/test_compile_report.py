@@ -1,0 +1,242 @@
+"""The compile report itself, on toy kernels: it must see tensor-core code, spills, big tiles and missing masks."""
+
+import json
+import sys
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from benchmarks.compile_report import (
+    TARGETS,
+    audit,
+    compile_for,
+    dot_precisions,
+    main,
+    missing_wheels,
+    problems,
+    ttir,
+    unsafe,
+)
+from benchmarks.ttir_audit import Range, _divide, _multiply, _remainder
+from pallas_kernels import _pallas as plk
+
+needs_wheels = pytest.mark.skipif(
+    missing_wheels() is not None, reason=f"compiling for CUDA needs wheels: {missing_wheels()}"
+)
+
+
+def _struct(shape, dtype):
+    return jax.ShapeDtypeStruct(shape, dtype)
+
+
+def _matmul(n, dtype="bfloat16", num_warps=4, precision=None):
+    """(fn, args) of one n x n x n tile; every access is masked."""
+
+    def kernel(a_ref, b_ref, out_ref):
+        i = jnp.arange(n)
+        index = (i[:, None], i[None, :])
+        mask = (index[0] < n) & (index[1] < n)
+        a, b = plk.load(a_ref, index, mask), plk.load(b_ref, index, mask)
+        dims = (((1,), (0,)), ((), ()))
+        plk.store(out_ref, index, jax.lax.dot_general(a, b, dims, precision, jnp.float32), mask)
+
+    return _call(kernel, [((n, n), dtype)] * 2, ((n, n), "float32"), num_warps=num_warps)
+
+
+def _call(kernel, arrays, out, grid=(1,), num_warps=4):
+    args, result = [_struct(*array) for array in arrays], _struct(*out)
+
+    def fn(*args):
+        return plk.call(
+            kernel,
+            *args,
+            name="toy",
+            grid=grid,
+            in_specs=[plk.whole(a) for a in args],
+            out_specs=plk.whole(result),
+            out_shape=result,
+            num_warps=num_warps,
+        )
+
+    return fn, args
+
+
+def _copy(rows, block, grid, masked):
+    """(fn, args) copying `rows` float32 numbers in blocks; the store is always masked, the load perhaps."""
+
+    def kernel(x_ref, out_ref):
+        index = plk.program_id(0) * block + jnp.arange(block)
+        x = plk.load(x_ref, (index,), index < rows) if masked else plk.pltriton.load(x_ref.at[index])
+        plk.store(out_ref, (index,), x, index < rows)
+
+    return _call(kernel, [((rows,), "float32")], ((rows,), "float32"), (grid,))
+
+
+def _text(case):
+    ((name, text),) = ttir(*case)
+    assert name == "toy"
+    return text
+
+
+@needs_wheels
+@pytest.mark.parametrize(("target", "used", "absent"), [("h100", "wgmma", "mma.sync"), ("a100", "mma.sync", "wgmma")])
+def test_tensor_core_instructions(target, used, absent):
+    report = compile_for(*_matmul(64), target)
+    (kernel,) = report.kernels
+    assert kernel.name == "toy" and kernel.num_warps == 4 and kernel.grid == (1, 1, 1)
+    assert kernel.instructions[used] > 0 and kernel.instructions[absent] == kernel.instructions["atom/red"] == 0
+    assert 0 < kernel.registers <= 255 and kernel.shared_bytes > 0
+    assert (report.temp_bytes, report.argument_bytes, report.output_bytes) == (0, 2 * 64 * 64 * 2, 64 * 64 * 4)
+    assert problems(report) == []
+
+
+@needs_wheels
+def test_kernels_are_told_from_the_fusions_around_them():
+    narrow, args = _matmul(64)
+    wide, _ = _matmul(64, num_warps=8)
+    report = compile_for(lambda a, b: jnp.sin(narrow(a, b)) + wide(b, a), args)
+    assert sorted(kernel.num_warps for kernel in report.kernels) == [4, 8]
+    assert report.fusions and not {k.name for k in report.fusions} & {k.name for k in report.kernels}
+
+
+@needs_wheels
+def test_spills_are_a_problem():
+    report = compile_for(*_matmul(128), "a100")
+    assert report.kernels[0].spill_store_bytes > 0 and report.kernels[0].spill_load_bytes > 0
+    assert len(problems(report)) == 1 and "spills" in problems(report)[0]
+
+
+@needs_wheels
+def test_too_much_shared_memory_fails():
+    with pytest.raises(jax.errors.JaxRuntimeError, match=f"available: {TARGETS['a100'].shared_memory_limit}"):
+        compile_for(*_matmul(256), "a100")
+
+
+def test_every_target_describes_another_device():
+    assert len({target.proto for target in TARGETS.values()}) == len(TARGETS) == 3
+
+
+def test_a_masked_load_is_accepted():
+    assert unsafe(_text(_copy(100, 32, 4, masked=True))) == []
+
+
+def test_an_unmasked_load_past_the_end_is_found():
+    (found,) = unsafe(_text(_copy(100, 32, 4, masked=False)))
+    assert found.startswith("unmasked load (elements 0 to 127 of 100): ") and "tt.load" in found
+
+
+def test_an_unmasked_load_that_cannot_leave_its_array_is_accepted():
+    assert unsafe(_text(_copy(128, 32, 4, masked=False))) == []
+
+
+def test_without_the_arrays_every_unmasked_load_but_the_first_element_is_found():
+    text = _text(_copy(128, 32, 4, masked=False)).split("\n", 1)[1]
+    assert len(unsafe(text)) == 1
+
+
+@pytest.mark.parametrize(("bound", "count"), [("static", 0), ("minimum", 0), ("loaded", 1)])
+def test_ranges_go_through_loops(bound, count):
+    """Blocks 0 to 3 of 32 lie in 128 numbers; a bound that was loaded may be anything."""
+
+    def kernel(x_ref, n_ref, out_ref):
+        loaded = plk.load_scalar(n_ref)
+        stop = {"static": 4, "minimum": jnp.minimum(loaded, 4), "loaded": loaded}[bound]
+
+        def step(i, acc):
+            return acc + plk.pltriton.load(x_ref.at[i * 32 + jnp.arange(32)])
+
+        plk.store(out_ref, (jnp.arange(32),), jax.lax.fori_loop(0, stop, step, jnp.zeros(32, jnp.float32)), True)
+
+    found = unsafe(_text(_call(kernel, [((128,), "float32"), ((1,), "int32")], ((32,), "float32"))))
+    assert [line.split(" (")[0] for line in found] == ["unmasked load"] * count
+
+
+def test_int32_offsets_that_overflow_are_found():
+    """2^31 + 64 bytes in one-byte numbers: Pallas keeps 32-bit offsets, which wrap around."""
+    rows = 2**31 + 64
+
+    def kernel(x_ref, out_ref):
+        index = plk.program_id(0) * 64 + jnp.arange(64)
+        plk.store(out_ref, (index,), plk.load(x_ref, (index,), index < 7), index < 7)
+
+    small, big = (_call(kernel, [((n,), "int8")], ((n,), "int8"), (n // 64,)) for n in (2**20, rows))
+    assert unsafe(_text(small)) == []
+    found = unsafe(_text(big))
+    assert len(found) == 2 and all(line.startswith("int32 offset can overflow") for line in found)
+
+
+@pytest.mark.parametrize(("precision", "printed"), [(None, "tf32"), ("highest", "ieee")])
+def test_dot_precision_is_read(precision, printed):
+    text = _text(_matmul(32, "float32", precision=precision))
+    assert dot_precisions(text) == audit(text) == [f"dot f32 x f32 -> f32, inputPrecision = {printed}"]
+
+
+def test_range_arithmetic():
+    assert _multiply(Range(-2, 3), Range(-5, 4)) == Range(-15, 12)
+    assert _multiply(Range(0, 0), Range(0, float("inf"))) == Range(0, 0)
+    assert _divide(Range(-7, 9), Range(2, 2)) == Range(-3, 4)
+    assert _remainder(Range(0, 5), Range(8, 8)) == Range(0, 5)
+    assert _remainder(Range(-3, 50), Range(8, 8)) == Range(-7, 7)
+
+
+_CONFIGS = """
+import time
+from benchmarks.compile_configs import Config
+from tests.test_compile_report import _matmul
+
+def tile(num_warps=4):
+    return lambda dtype, width: _matmul(width, dtype, num_warps)
+
+def hang(dtype, width):
+    time.sleep(600)
+
+CONFIGS = [
+    Config("toy-good", tile(), ("bfloat16",), (32, 64)),
+    Config("toy-big", tile(), ("bfloat16",), (256,)),
+    Config("toy-spill", tile(), ("bfloat16",), (128,)),
+    Config("toy-abort", tile(num_warps=3), ("bfloat16",), (64,)),
+    Config("toy-last", tile(), ("bfloat16",), (32,)),
+    Config("hang", hang, ("bfloat16",), (64,)),
+]
+"""
+
+
+@pytest.fixture
+def configs(tmp_path, monkeypatch):
+    (tmp_path / "toy_configs.py").write_text(_CONFIGS)
+    monkeypatch.syspath_prepend(tmp_path)
+    yield ["--configs", "toy_configs", "--target", "a100", "--jobs", "1"]
+    sys.modules.pop("toy_configs", None)
+
+
+@needs_wheels
+def test_command_line_outlives_what_kills_a_compiler(configs, tmp_path, capfd):
+    """LLVM ends the process over three warps; the cases after it still run, and the status says so."""
+    path = tmp_path / "report.json"
+    assert main([*configs, "--match", "toy-", "--json", str(path)]) == 1
+    results = {row["case"].split("-", 1)[1]: row for row in json.loads(path.read_text())["results"]}
+    why = {
+        "big-bfloat16-D256": "Shared memory",
+        "spill-bfloat16-D128": "spills",
+        "abort-bfloat16-D64": "ended the process",
+    }
+    assert {case for case, row in results.items() if row["failures"]} == set(why)
+    assert all(text in results[case]["failures"][0] for case, text in why.items())
+    assert results["last-bfloat16-D32"]["report"]["kernels"][0]["instructions"]["mma.sync"] > 0
+    assert "6 compilations, 3 failures" in capfd.readouterr().out
+
+
+@needs_wheels
+def test_command_line_succeeds_when_all_do(configs, capfd):
+    assert main([*configs, "--match", "toy-good-bfloat16-D32"]) == 0
+    assert "| toy-good-bfloat16-D32 | a100 | toy |" in capfd.readouterr().out
+
+
+def test_command_line_ends_what_hangs(configs, capfd):
+    assert main([*configs, "--match", "hang", "--limit", "1"]) == 1
+    assert "hang-bfloat16-D64 on a100: no result within 1 s" in capfd.readouterr().out
+
+
+def test_command_line_refuses_to_compile_nothing(configs):
+    assert main([*configs, "--match", "no such case"]) == 2
