@@ -11,7 +11,7 @@ GOLDEN_DIR = Path(__file__).resolve().parents[2] / "shared" / "golden"
 
 def wants_gpu(config: pytest.Config) -> bool:
     """Whether this run was asked for GPU tests, as in `pytest -m gpu`."""
-    marks = config.getoption("markexpr")
+    marks = config.getoption("markexpr") or ""
     return "gpu" in marks and "not gpu" not in marks
 
 
