@@ -2,8 +2,6 @@
 
 from dataclasses import dataclass
 
-DOT_DTYPES = {"bfloat16": "bfloat16", "float16": "float32", "float32": "float32"}
-
 
 @dataclass(frozen=True, slots=True)
 class Launch:
@@ -31,6 +29,7 @@ def evo_launch(
     dot_dtype: str,
     *,
     interpret: bool,
+    backward: bool = False,
     block_m: int | None = None,
     num_warps: int | None = None,
     num_stages: int | None = None,
@@ -43,7 +42,7 @@ def evo_launch(
     """
     if width <= 16:
         block_d = 16
-    elif width == 64 and dot_dtype == "bfloat16":
+    elif width == 64 and dot_dtype == "bfloat16" and not backward:
         block_d = 64
     else:
         block_d = 32 if width % 32 == 0 else 16
