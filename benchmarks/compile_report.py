@@ -98,6 +98,7 @@ def compile_for(fn: Callable[..., Any], args: Any, target: str = "h100") -> Repo
             f"XLA compiled {sorted(lost)} but its dump holds no PTX of them: the dump options have changed"
         )
     memory = compiled.memory_analysis()
+    assert memory is not None, "the CUDA compiler states its buffers"
     return Report(
         target,
         memory.temp_size_in_bytes,

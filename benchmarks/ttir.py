@@ -59,7 +59,7 @@ def quiet_lowering() -> Iterator[None]:
 
 def triton_calls(lowered: jax.stages.Lowered) -> list[Call]:
     """Every Triton kernel that the lowered module calls."""
-    module = lowered.compiler_ir()
+    module: Any = lowered.compiler_ir()
     return [_read_call(op) for op in walk(module.operation) if _is_triton_call(op)]
 
 

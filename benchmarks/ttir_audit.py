@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 from jaxlib.mlir import ir
 from jaxlib.triton import dialect
 
+from benchmarks.ranges import ANY, ARITHMETIC, Range, add, union, widen
 from benchmarks.ttir import walk
 
 _INT32_LIMIT = 2**31
@@ -15,17 +16,6 @@ _ACCESSES = {"tt.load": ("load", 1), "tt.store": ("store", 2)}  # name and the n
 _SAME_VALUE = frozenset(
     ("tt.splat", "tt.expand_dims", "tt.broadcast", "tt.reshape", "tt.trans", "arith.extsi", "arith.index_cast")
 )
-
-
-class Range(NamedTuple):
-    """Every integer that a value can be, both ends included; of a pointer, its distance from `base` in elements."""
-
-    low: float
-    high: float
-    base: Any = None  # the kernel's pointer argument
-
-
-_ANY = Range(-math.inf, math.inf)
 
 
 def audit(text: str) -> list[str]:
@@ -114,7 +104,7 @@ class _Ranges:
         """Visit `block` in order and return the ranges that its last operation passes on."""
         for view in block:
             op = view.operation
-            values = [self.of.get(value, _ANY) for value in op.operands]
+            values = [self.of.get(value, ANY) for value in op.operands]
             self._record(op, values)
             for result, known in zip(op.results, self._results(op, values), strict=True):
                 self.of[result] = known
@@ -125,7 +115,7 @@ class _Ranges:
             masked = len(values) > _ACCESSES[op.name][1]
             self.seen[op] = _Seen(op, values[0], values[_ACCESSES[op.name][1]] if masked else None, False)
         elif op.name == "tt.addptr":
-            self.seen[op] = _Seen(op, _add(values[0], values[1]), None, "i32" in str(op.operands[1].type))
+            self.seen[op] = _Seen(op, add(values[0], values[1]), None, "i32" in str(op.operands[1].type))
         elif op.name.startswith("tt.atomic"):
             self.seen[op] = _Seen(op, values[0], None, False)
 
@@ -136,11 +126,11 @@ class _Ranges:
             return self._while(op, values)
         if op.name == "scf.if":
             branches = [self.run(region.blocks[0]) for region in op.regions if len(region.blocks)]
-            return [_union(*pair) for pair in zip(*branches, strict=True)] if len(branches) == 2 else []
+            return [union(*pair) for pair in zip(*branches, strict=True)] if len(branches) == 2 else []
         for region in op.regions:  # of tt.reduce and tt.scan: their arguments stay unknown
             for block in region:
                 self.run(block)
-        known = self._value(op, values) if len(op.results) == 1 else _ANY
+        known = self._value(op, values) if len(op.results) == 1 else ANY
         return [known] * len(op.results)
 
     def _for(self, op: Any, values: list[Range]) -> list[Range]:
@@ -152,7 +142,7 @@ class _Ranges:
             return leaving, leaving
 
         leaving = _settle(turn, values[3:])
-        return [_union(before, after) for before, after in zip(values[3:], leaving, strict=True)]
+        return [union(before, after) for before, after in zip(values[3:], leaving, strict=True)]
 
     def _while(self, op: Any, values: list[Range]) -> list[Range]:
         before, after = (region.blocks[0] for region in op.regions)
@@ -177,27 +167,19 @@ class _Ranges:
         if op.name == "tt.get_program_id" and self.grid:
             return Range(0, self.grid[ir.IntegerAttr(op.attributes["axis"]).value] - 1)
         if op.name == "arith.select":
-            return _union(*values[1:])
-        rule = _ARITHMETIC.get(op.name)
-        return rule(*values) if rule else _ANY
+            return union(*values[1:])
+        rule = ARITHMETIC.get(op.name)
+        return rule(*values) if rule else ANY
 
 
 def _settle(turn: Callable[[list[Range]], tuple[list[Range], list[Range]]], carried: list[Range]) -> list[Range]:
     """Run `turn` (carried values -> carried values after it, and what to return) until the ranges no longer grow."""
     while True:
         leaving, result = turn(carried)
-        widened = [_widen(before, after) for before, after in zip(carried, leaving, strict=True)]
+        widened = [widen(before, after) for before, after in zip(carried, leaving, strict=True)]
         if widened == carried:
             return result
         carried = widened
-
-
-def _widen(before: Range, after: Range) -> Range:
-    """`before`, with no bound on the side where `after` passes it."""
-    if before.base != after.base:
-        return _ANY
-    low = before.low if after.low >= before.low else -math.inf
-    return Range(low, before.high if after.high <= before.high else math.inf, before.base)
 
 
 def _constant(attribute: Any) -> Range:
@@ -205,54 +187,4 @@ def _constant(attribute: Any) -> Range:
         attribute = attribute.get_splat_value()
     if isinstance(attribute, ir.IntegerAttr | ir.BoolAttr):
         return Range(int(attribute.value), int(attribute.value))
-    return _ANY
-
-
-def _union(a: Range, b: Range) -> Range:
-    if a.base != b.base:
-        return _ANY
-    return Range(min(a.low, b.low), max(a.high, b.high), a.base)
-
-
-def _add(a: Range, b: Range) -> Range:
-    return Range(a.low + b.low, a.high + b.high, a.base)
-
-
-def _subtract(a: Range, b: Range) -> Range:
-    return Range(a.low - b.high, a.high - b.low)
-
-
-def _times(x: float, y: float) -> float:
-    return 0 if 0 in (x, y) else x * y
-
-
-def _multiply(a: Range, b: Range) -> Range:
-    corners = [_times(x, y) for x in a[:2] for y in b[:2]]
-    return Range(min(corners), max(corners))
-
-
-def _divide(a: Range, b: Range) -> Range:
-    if b.low <= 0 or math.inf in (-a.low, a.high, b.high):
-        return _ANY
-    corners = [int(abs(x) // y) * (1 if x >= 0 else -1) for x in a[:2] for y in b[:2]]
-    return Range(min(corners), max(corners))
-
-
-def _remainder(a: Range, b: Range) -> Range:
-    if b.low <= 0:
-        return _ANY
-    if a.low >= 0 and a.high < b.low:
-        return a
-    return Range(0 if a.low >= 0 else 1 - b.high, min(b.high - 1, max(a.high, 0)))
-
-
-_ARITHMETIC = {
-    "arith.addi": _add,
-    "tt.addptr": _add,
-    "arith.subi": _subtract,
-    "arith.muli": _multiply,
-    "arith.divsi": _divide,
-    "arith.remsi": _remainder,
-    "arith.minsi": lambda a, b: Range(min(a.low, b.low), min(a.high, b.high)),
-    "arith.maxsi": lambda a, b: Range(max(a.low, b.low), max(a.high, b.high)),
-}
+    return ANY
