@@ -66,7 +66,8 @@ def refusal(dtype: jnp.dtype) -> str | None:
 
 
 def prefix_scan(x: jax.Array, *, axis: int, reverse: bool, exclusive: bool, accum_dtype: str, mode: str) -> jax.Array:
-    """Prefix sums of `x` along `axis`, accumulated in `accum_dtype`, returned in x's dtype."""
+    """Prefix sums of `x` along `axis`, accumulated in `accum_dtype`, in x's dtype (booleans are counted in int32)."""
+    x = x.astype(jnp.int32) if x.dtype == jnp.bool_ else x
     scan = Scan(axis % x.ndim, reverse, exclusive, str(jnp.dtype(accum_dtype)), mode)
     if not jnp.issubdtype(x.dtype, jnp.floating):
         return _forward(x, scan)  # integers have no gradient
