@@ -4,7 +4,7 @@ import re
 import shutil
 import subprocess
 import sysconfig
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -94,11 +94,13 @@ def launches(dump: Path) -> dict[str, Launch]:
     return found
 
 
-def kernel_reports(dump: Path) -> tuple[KernelReport, ...]:
-    """Every GPU kernel in an XLA dump directory, in the order of its PTX files."""
-    launch_of, reports = launches(dump), []
+def kernel_reports(dump: Path, wanted: Callable[[str], bool]) -> tuple[tuple[KernelReport, ...], tuple[str, ...]]:
+    """Reports of the `wanted` GPU kernels in an XLA dump directory, and the names of the others."""
+    launch_of, reports, others = launches(dump), [], []
     for path in sorted(dump.glob("*.ptx")):
-        bodies = dict(entries(path.read_text()))
+        every = dict(entries(path.read_text()))
+        bodies = {name: body for name, body in every.items() if wanted(name)}
+        others += every.keys() - bodies.keys()
         usage = register_usage(path) if bodies else {}
         for name, body in bodies.items():
             launch = launch_of.get(name, Launch((), 0, 0))
@@ -112,4 +114,4 @@ def kernel_reports(dump: Path) -> tuple[KernelReport, ...]:
                     count_instructions(body),
                 )
             )
-    return tuple(reports)
+    return tuple(sorted(reports, key=lambda report: report.name)), tuple(sorted(others))
