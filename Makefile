@@ -22,6 +22,11 @@ help:
 	@echo "make test    run every test (ARGS='-k scan' selects)"
 	@echo "make lint | types | format | bench | pins | clean"
 
+# Where there is no NVIDIA driver, JAX need not try the CUDA plugin that the tests compile with.
+ifeq ($(shell command -v nvidia-smi 2>/dev/null),)
+demo bench: export JAX_PLATFORMS ?= cpu
+endif
+
 demo: $(VENV)/.ready-demo
 	$(BIN)/python -m evo_jax demo $(ARGS)
 
