@@ -1,4 +1,4 @@
-"""chunk_loop: run a step over chunks of a sequence with a carry, saving only each chunk's start carry for the backward."""
+"""chunk_loop: a step over chunks of a sequence with a carry; saves only each chunk's start carry for the backward."""
 
 from collections.abc import Callable
 from functools import partial

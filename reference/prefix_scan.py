@@ -1,6 +1,7 @@
 """Prefix sums along any axis: the explicit oracle, and the fast form that adds within rows of eight and recurses."""
 
 from functools import partial
+from itertools import accumulate
 
 import jax
 import jax.numpy as jnp
@@ -74,31 +75,29 @@ _differentiable_scan.defvjp(_scan_forward, _scan_backward)
 
 
 def scan_rows(x: Array, reverse: bool, exclusive: bool) -> Array:
-    """Prefix sum of (N, L, M) along L in x's dtype: eight unrolled adds, then the same on the L / 8 totals.
+    """Prefix sum of (N, L, M) along L in x's dtype: rows of eight, a tree over their totals, eight unrolled adds.
 
     Every partial sum is carried from the end where the scan starts; nothing is ever subtracted.
     """
     length = x.shape[1]
-    if length <= _ROW:
-        return jnp.stack(_unrolled(x, length, reverse, exclusive), axis=1)
-    count = -(-length // _ROW)
-    padded = lax.pad(x, jnp.zeros((), x.dtype), ((0, 0, 0), (0, count * _ROW - length, 0), (0, 0, 0)))
-    rows = padded.reshape(x.shape[0], count, _ROW, x.shape[2])
-    carry = scan_rows(rows.sum(axis=2, dtype=x.dtype), reverse, exclusive=True)
-    within = jnp.stack(_unrolled(rows, _ROW, reverse, exclusive), axis=-2)
-    return (within + carry[:, :, None]).reshape(padded.shape)[:, :length]
+    size = min(_ROW, length)
+    count = -(-length // size)
+    padded = lax.pad(x, jnp.zeros((), x.dtype), ((0, 0, 0), (0, count * size - length, 0), (0, 0, 0)))
+    rows = padded.reshape(x.shape[0], count, size, x.shape[2])
+    terms = [rows[:, :, i] for i in range(size)[:: -1 if reverse else 1]]
+    # The totals repeat the adds below: XLA then makes one loop of them, which a reduction is not.
+    first = _exclusive_tree(list(accumulate(terms))[-1], reverse)
+    sums = list(accumulate(terms, initial=first))
+    sums = sums[:-1] if exclusive else sums[1:]
+    return jnp.stack(sums[::-1] if reverse else sums, axis=2).reshape(padded.shape)[:, :length]
 
 
-def _unrolled(x: Array, count: int, reverse: bool, exclusive: bool) -> list[Array]:
-    """The running sums over axis -2 of x, one array per position."""
-    order = range(count)[:: -1 if reverse else 1]
-    running, sums = jnp.zeros_like(x[..., 0, :]), {}
-    for i in order:
-        if exclusive:
-            sums[i] = running
-        running = running + x[..., i, :]
-        sums.setdefault(i, running)
-    return [sums[i] for i in range(count)]
+def _exclusive_tree(totals: Array, reverse: bool) -> Array:
+    """What each row starts from: its neighbour's inclusive sum, and zero at the end where the scan starts."""
+    sums = lax.associative_scan(jnp.add, totals, axis=1, reverse=reverse)
+    zero = jnp.zeros_like(sums[:, :1])
+    parts = [sums[:, 1:], zero] if reverse else [zero, sums[:, :-1]]
+    return jnp.concatenate(parts, axis=1)
 
 
 def _size(shape: tuple[int, ...]) -> int:
