@@ -155,24 +155,23 @@ def _wanted(implementation: str | None) -> tuple[str, str]:
 def _resolve(op: str, wanted: str, source: str, refusal: Callable[[], str | None]) -> tuple[str, str]:
     if wanted == "reference":
         return "reference", source
-    if wanted == "auto" and not has_cuda_device():
-        return "reference", "no CUDA device"
-    refused = refusal()
+    cuda = has_cuda_device()
+    refused = "no CUDA device" if wanted == "auto" and not cuda else refusal()
     if wanted == "auto":
         if refused is None:
             return "platform", "CUDA device present; the reference for arrays on the CPU"
-        _log_once(f"{op} uses the reference implementation: {refused}")
+        _log_once(logging.WARNING if cuda else logging.INFO, f"{op} uses the reference implementation: {refused}")
         return "reference", refused
     if refused is not None:
         raise NotImplementedError(f"{op}: {source} cannot run: {refused}; use implementation='reference'")
-    if wanted == "triton" and not has_cuda_device():
+    if wanted == "triton" and not cuda:
         return "triton", f"{source}; no CUDA device here, so it can be lowered but not run"
     return wanted, source
 
 
 @functools.cache
-def _log_once(message: str) -> None:
-    _LOGGER.warning(message)
+def _log_once(level: int, message: str) -> None:
+    _LOGGER.log(level, message)
 
 
 def _known(name: str, choices: dict[str, str], what: str) -> str:

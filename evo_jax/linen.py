@@ -1,4 +1,4 @@
-"""The layers of evo_jax.modules for flax.linen users, through Flax's own bridge. Imported by itself: `evo_jax.linen`."""
+"""The layers of evo_jax.modules for flax.linen users, through Flax's own bridge. Import `evo_jax.linen` itself."""
 
 from typing import Any
 
@@ -8,7 +8,7 @@ from flax import nnx
 from evo_jax import modules, shapes
 
 
-def EvoAttention(  # noqa: N802 - used like the linen class it stands for
+def EvoAttention(
     embed_dim: int,
     num_heads: int,
     *,

@@ -28,12 +28,12 @@ def resolve(op: str, v: jax.Array, mask: Any, semantics: str, causal: bool) -> t
         bad = shapes.zeros_and_ones(op, mask)
     else:
         bad = (mask != 0) & (mask != 1)
-    return v, jax.lax.stop_gradient(_absent(jnp.asarray(mask) != 0, bad, causal))
+    return v, jax.lax.stop_gradient(_absent(jnp.asarray(mask).astype(bool), bad, causal))
 
 
 def valid_tokens(op: str, mask: Any, batch: int, length: int) -> jax.Array:
     """(B, L) bool, True where the mask does not say 0."""
-    return jnp.asarray(shapes.token_mask(op, mask, batch, length)) != 0
+    return jnp.asarray(shapes.token_mask(op, mask, batch, length)).astype(bool)
 
 
 def _absent(valid: jax.Array, bad: jax.Array | None, causal: bool) -> jax.Array:

@@ -1,4 +1,4 @@
-"""require_cuda: an identity that traces anywhere but lowers for CUDA alone, so that a kernel fails with a clear message.
+"""require_cuda: an identity that traces anywhere but lowers for CUDA alone, so that a kernel fails clearly.
 
 Whether an explicit `implementation="triton"` will meet a CUDA device is not known while tracing: the same trace may
 be lowered for a machine elsewhere. It is known when lowering, so that is where the error is raised.

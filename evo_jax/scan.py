@@ -56,7 +56,7 @@ def prefix_sum(
         "exclusive": bool(exclusive),
         "accum_dtype": shapes.accum_dtype(_OP, x, accum_dtype),
     }
-    how = choose(_OP, implementation, lambda: _refusal(x, options["accum_dtype"]), (x,))
+    how = choose(_OP, implementation, lambda: _refusal(x), (x,))
     if how == "reference":
         return prefix_sum_chunked(x, **options)
     return _kernel(require_cuda(x, _OP) if how == "triton" else x, how, options)
@@ -71,10 +71,10 @@ def _summable(x: Any) -> jax.Array:
     return x
 
 
-def _refusal(x: jax.Array, accum_dtype: str) -> str | None:
+def _refusal(x: jax.Array) -> str | None:
     from pallas_kernels import prefix_scan  # Pallas is imported only where a kernel may run
 
-    return prefix_scan.refusal(x.dtype, jnp.dtype(accum_dtype))
+    return prefix_scan.refusal(x.dtype)
 
 
 def _kernel(x: jax.Array, mode: str, options: dict[str, Any]) -> jax.Array:
