@@ -9,7 +9,6 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as pltriton
 
 program_id = pl.program_id
-ds = pl.ds
 
 
 def call(
@@ -78,9 +77,14 @@ def store(ref: Any, index: tuple[Any, ...], value: jax.Array, mask: Any) -> None
     pltriton.store(ref.at[index], value.astype(ref.dtype), mask=mask)
 
 
+def arange(n: int) -> jax.Array:
+    """0 .. n - 1 in int32, whatever x64 says: 64-bit indices cost registers."""
+    return jnp.arange(n, dtype=jnp.int32)
+
+
 def load_scalar(ref: Any) -> jax.Array:
     """The one element of a ref of shape (1,)."""
     return ref[0]
 
 
-__all__ = ["call", "ds", "load", "load_scalar", "per_group", "program_id", "store", "whole"]
+__all__ = ["arange", "call", "load", "load_scalar", "per_group", "program_id", "store", "whole"]

@@ -232,10 +232,10 @@ def _norm_kernel(inputs: Inputs, tables: Tables, gate_ref: Any, out_ref: Any, *,
 
 
 def final_gate(inputs: Inputs, gate_ref: Any, rows: t.Rows, block: Any, geo: Geometry) -> jax.Array:
-    """One column block of f = sigmoid(gate @ W_f + b_f), from the rows of `gate_ref`."""
+    """One column block of f = sigmoid(gate @ W_f + b_f), from the gates of these rows, counted within the segment."""
 
     def step(k: Any, acc: jax.Array) -> jax.Array:
-        gate = t.load_tile(gate_ref, rows.index, rows.inside, k, geo)
+        gate = t.load_tile(gate_ref, rows.local, rows.inside, k, geo)
         return acc + t.dot(gate, t.load_weight(inputs.params.final_kernel, k, block, geo), geo)
 
     (start,) = t.zeros(geo, 1)

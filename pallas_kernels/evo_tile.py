@@ -67,7 +67,7 @@ def chunk_rows(rows_ref: Any, chunk: Any, geo: Geometry, first: Any = 0, reverse
 
     `reverse` lists them from last to first, so that a cumsum down them is a suffix sum.
     """
-    step = jnp.arange(geo.chunk)
+    step = plk.arange(geo.chunk)
     local = chunk * geo.chunk + (geo.chunk - 1 - step if reverse else step)
     index = first * geo.chunk + local
     inside = index < geo.length
@@ -82,7 +82,7 @@ def chunk_rows(rows_ref: Any, chunk: Any, geo: Geometry, first: Any = 0, reverse
 
 def columns(block: Any, geo: Geometry) -> tuple[jax.Array, jax.Array]:
     """Column numbers of a block and which of them exist."""
-    index = block * geo.block + jnp.arange(geo.block)
+    index = block * geo.block + plk.arange(geo.block)
     return index, index < geo.width
 
 
@@ -157,7 +157,7 @@ def over_blocks(step: Callable[[Any, Any], Any], init: Any, geo: Geometry) -> An
 
 def sign(x: jax.Array) -> jax.Array:
     """-1, 0 or 1."""
-    return jnp.where(x > 0, 1.0, jnp.where(x < 0, -1.0, 0.0))
+    return (x > 0).astype(x.dtype) - (x < 0).astype(x.dtype)
 
 
 def zeros(geo: Geometry, n: int) -> tuple[jax.Array, ...]:

@@ -168,7 +168,7 @@ def _scan_kernel(x_ref, carry_ref, out_ref, *, view: _View, scan: Scan) -> None:
 
 
 def _lanes(view: _View) -> tuple[jax.Array, jax.Array]:
-    lane = plk.program_id(0) * view.block + jnp.arange(view.block)
+    lane = plk.program_id(0) * view.block + plk.arange(view.block)
     return lane, lane < view.lanes
 
 
@@ -177,7 +177,7 @@ def _places(view: _View, scan: Scan) -> jax.Array:
 
     Chunks are aligned alike in both directions, so places past the end are summed first (as 0) in a reverse scan.
     """
-    chunk, step = plk.program_id(1), jnp.arange(view.chunk)
+    chunk, step = plk.program_id(1), plk.arange(view.chunk)
     if scan.reverse:
         return (view.chunks - chunk) * view.chunk - 1 - step
     return chunk * view.chunk + step

@@ -25,7 +25,7 @@ SEGMENTED = (EvoCase(257, 16, mask="interior", own_query=True), EvoCase(200, 12,
 @pytest.mark.parametrize("case", SEGMENTED, ids=str)
 def test_backward_by_segments(case, monkeypatch):
     """Several segments, the last one ragged: their suffix sums and weight gradients must join up."""
-    monkeypatch.setattr(evo_bwd, "SEGMENT_TOKENS", (1, case.batch * case.heads * 32))
+    monkeypatch.setattr(evo_bwd, "SEGMENT_TOKENS", (case.batch * case.heads * 32,) * 2)
     geometry_chunks = evo_bwd.segment_chunks(case.batch * case.heads, _geometry(case.length, block_m=16))
     assert geometry_chunks == 2, "the segments of this test are two chunks of 16 tokens"
     check_evo(case, "interpret", block_m=16)
@@ -140,7 +140,7 @@ def _h100():
     "options, message",
     [
         ({"block_m": 48}, "block_m=48 must be a power of two"),
-        ({"block_m": 8}, "at least 16"),
+        ({"block_m": 8}, "block_m=8 must be a power of two from 16"),
         ({"num_warps": 3}, "num_warps=3"),
     ],
 )
