@@ -1,0 +1,37 @@
+"""README.md: its example runs and prints what it says, and its table names what exists."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+import evo_jax
+import evo_jax.linen
+
+README = (Path(__file__).resolve().parents[1] / "README.md").read_text(encoding="utf-8")
+CODE = re.findall(r"^```python\n(.*?)^```", README, flags=re.MULTILINE | re.DOTALL)
+NAMES = sorted(set(re.findall(r"`(?:with )?evo_jax\.([\w.]+)", README)))
+
+
+def test_example_runs_and_prints_what_its_comments_say(capsys):
+    assert CODE
+    for block in CODE:
+        exec(block, {})
+        # A comment after print(...) starts with the text that is printed.
+        promised = re.findall(r"^print\(.*\)  # (.*)$", block, flags=re.MULTILINE)
+        printed = capsys.readouterr().out.splitlines()
+        assert promised
+        for line, promise in zip(printed, promised, strict=True):
+            assert promise.startswith(line)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_name_exists(name):
+    found = evo_jax
+    for part in name.split("."):
+        found = getattr(found, part)
+
+
+def test_every_public_name_is_in_the_readme():
+    public = {name for name, value in vars(evo_jax).items() if callable(value) and not name.startswith("_")}
+    assert public <= set(NAMES), public - set(NAMES)
