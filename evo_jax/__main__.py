@@ -85,7 +85,7 @@ def _demo(arguments: argparse.Namespace) -> int:
     given = {name: getattr(arguments, name) for name in Settings.names() if getattr(arguments, name) is not None}
     try:
         finished = run.demo(given, arguments.out, resume=arguments.resume)
-    except DemoError as error:
+    except (DemoError, NotImplementedError) as error:  # the latter: a --backend that this machine does not have
         print(f"demo: {error}", file=sys.stderr)
         return 1
     return 0 if finished else INTERRUPTED

@@ -1,0 +1,1 @@
+"""The demo: a small byte-level language model, trained on the sources of the standard library."""

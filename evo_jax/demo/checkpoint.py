@@ -1,0 +1,47 @@
+"""Checkpoints of the demo, by orbax: the newest two training states of a run, and the way back from the newest."""
+
+import shutil
+from pathlib import Path
+
+import jax
+import orbax.checkpoint as ocp
+
+from evo_jax.demo.settings import DemoError
+from evo_jax.demo.train import TrainState
+
+_FOLDER = "checkpoints"
+
+
+class Checkpoints:
+    """The checkpoints under `out`; a context manager, so that orbax's threads end with it."""
+
+    def __init__(self, out: Path, *, fresh: bool):
+        self.folder = (out / _FOLDER).absolute()
+        if fresh:
+            shutil.rmtree(self.folder, ignore_errors=True)
+        options = ocp.CheckpointManagerOptions(max_to_keep=2, enable_async_checkpointing=False)
+        self._manager = ocp.CheckpointManager(self.folder, options=options)
+
+    def __enter__(self) -> "Checkpoints":
+        return self
+
+    def __exit__(self, *_) -> None:
+        self._manager.close()
+
+    def save(self, state: TrainState) -> None:
+        """Keep `state` under its own step; nothing to do where that step is there already."""
+        step = int(state.step)
+        if step not in self._manager.all_steps():
+            self._manager.save(step, args=ocp.args.StandardSave(state._asdict()), force=True)
+
+    def restore(self, like: TrainState) -> TrainState:
+        """The newest state, in the structure and on the device of `like`.
+
+        Raises:
+            DemoError: there is none.
+        """
+        step = self._manager.latest_step()
+        if step is None:
+            raise DemoError(f"--resume: no checkpoint in {str(self.folder)!r}; start a run without --resume")
+        target = jax.tree.map(ocp.utils.to_shape_dtype_struct, like._asdict())
+        return TrainState(**self._manager.restore(step, args=ocp.args.StandardRestore(target)))
