@@ -5,7 +5,7 @@ from typing import Any
 import jax.numpy as jnp
 from flax import nnx
 
-from evo_jax import modules, shapes
+from evo_jax import modules
 
 
 def EvoAttention(
@@ -24,7 +24,7 @@ def EvoAttention(
     `nnx.to_pure_dict(nnx.state(layer, nnx.Param))` of one is the `params` of the other.
 
     Raises:
-        ValueError: num_heads * head_dim is not embed_dim.
+        ValueError: num_heads * head_dim is not embed_dim. TypeError: a dtype that is not a float.
 
     >>> import jax, jax.numpy as jnp
     >>> from evo_jax.linen import EvoAttention
@@ -33,6 +33,6 @@ def EvoAttention(
     >>> layer.apply(variables, x, causal=False).shape
     (2, 10, 64)
     """
-    head_dim = shapes.head_width("EvoAttention", embed_dim, num_heads, head_dim)
+    head_dim = modules.check_arguments(embed_dim, num_heads, head_dim, dtype, param_dtype)
     options = {"head_dim": head_dim, "out_proj": out_proj, "dtype": dtype, "param_dtype": param_dtype}
     return nnx.bridge.to_linen(modules.EvoAttention, embed_dim, num_heads, name=name, **options)

@@ -47,17 +47,13 @@ class EvoAttention(nnx.Module):
         param_dtype: Any = jnp.float32,
         rngs: nnx.Rngs,
     ):
-        self.head_dim = shapes.head_width("EvoAttention", embed_dim, num_heads, head_dim)
+        self.head_dim = check_arguments(embed_dim, num_heads, head_dim, dtype, param_dtype)
         self.embed_dim, self.num_heads = embed_dim, num_heads
-        self.param_dtype = shapes.float_dtype("EvoAttention", "param_dtype", param_dtype)
-        self.dtype = None if dtype is None else shapes.float_dtype("EvoAttention", "dtype", dtype)
+        self.dtype, self.param_dtype = dtype, param_dtype
         for name, array in init_evo_params(rngs.params(), self.head_dim, self.param_dtype)._asdict().items():
             setattr(self, name, nnx.Param(array))
-        self.out_proj = None
-        if out_proj:
-            self.out_proj = nnx.Linear(
-                embed_dim, embed_dim, dtype=dtype, param_dtype=param_dtype, promote_dtype=_promote, rngs=rngs
-            )
+        options = {"dtype": dtype, "param_dtype": param_dtype, "promote_dtype": _promote}
+        self.out_proj = nnx.Linear(embed_dim, embed_dim, **options, rngs=rngs) if out_proj else None
 
     @property
     def params(self) -> EvoParams:
@@ -94,6 +90,14 @@ class EvoAttention(nnx.Module):
             return projected
         valid = padding.valid_tokens("EvoAttention", mask, *out.shape[:2])
         return jnp.where(valid[..., None], projected, jnp.zeros((), projected.dtype))
+
+
+def check_arguments(embed_dim: int, num_heads: int, head_dim: int | None, dtype: Any, param_dtype: Any) -> int:
+    """The head width of an EvoAttention with these arguments, or the error that says why there is none."""
+    for name, value in (("dtype", dtype), ("param_dtype", param_dtype)):
+        if value is not None or name == "param_dtype":
+            shapes.float_dtype("EvoAttention", name, value)
+    return shapes.head_width("EvoAttention", embed_dim, num_heads, head_dim)
 
 
 def _promote(arrays: Any, *, dtype: Any = None, **_: Any) -> tuple[Any, ...]:
