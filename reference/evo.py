@@ -15,9 +15,9 @@ from jax import Array, lax
 from reference.chunk_loop import Step, chunk_loop
 from reference.evo_params import EvoParams as EvoParams
 from reference.evo_params import EvoSpec as EvoSpec
-from reference.prefix_scan import default_accum_dtype
+from reference.prefix_scan import default_accum_dtype, prefix_sum_chunked
 
-CHUNK = 256
+_CHUNK_VALUES = 2**17  # of one array of a chunk: half a megabyte of float32, which stays in a core's cache
 _DENOMINATOR_EPS = 1e-8
 _NORM_EPS = 1e-5
 
@@ -65,9 +65,15 @@ def evo_chunked(v: Array, query: Array | None, params: EvoParams, rows: Array | 
         rows = lax.stop_gradient(rows)
     if spec.causal:
         zero = jnp.zeros((*v.shape[:2], v.shape[3]), accum)
-        return chunk_loop(Step(_causal_step, spec, CHUNK), consts, (zero, zero), (v, query), rows)[1]
+        return chunk_loop(Step(_causal_step, spec, chunk_length(v.shape)), consts, (zero, zero), (v, query), rows)[1]
     c, s = _totals(v, consts, rows, spec)
-    return chunk_loop(Step(_full_step, spec, CHUNK), (consts, c, s), (), (v, query), rows)[1]
+    return chunk_loop(Step(_full_step, spec, chunk_length(v.shape)), (consts, c, s), (), (v, query), rows)[1]
+
+
+def chunk_length(shape: tuple[int, ...]) -> int:
+    """Tokens per chunk for v of this shape: a power of two from 64 to 256, less for many or wide heads."""
+    tokens = _CHUNK_VALUES // max(shape[0] * shape[1] * shape[3], 1)
+    return min(max(1 << (tokens.bit_length() - 1 if tokens else 0), 64), 256)
 
 
 def _dtypes(v: Array, spec: EvoSpec) -> tuple[jnp.dtype, jnp.dtype]:
@@ -104,10 +110,10 @@ def _causal_step(spec, p, carry, xs, rows, start):
     v, q, live = _live(*xs, rows, spec)
     dtype, accum = _dtypes(v, spec)
     c_before, s_before = carry
-    c = c_before[:, :, None] + _cumsum(v.astype(accum))
+    c = c_before[:, :, None] + prefix_sum_chunked(v.astype(accum), axis=2)
     count = start + 1 + jnp.arange(v.shape[2]) if rows is None else rows
     g = _gate((c / _count(count, accum)).astype(dtype), p)
-    s = s_before[:, :, None] + _cumsum((g * v).astype(accum))
+    s = s_before[:, :, None] + prefix_sum_chunked((g * v).astype(accum), axis=2)
     out = _output(v, q, c.astype(dtype), s.astype(dtype), p, live, spec)
     return (c[:, :, -1], s[:, :, -1]), out.astype(xs[0].dtype)
 
@@ -116,10 +122,6 @@ def _full_step(spec, consts, carry, xs, rows, start):
     v, q, live = _live(*xs, rows, spec)
     p, c, s = consts
     return carry, _output(v, q, c, s, p, live, spec).astype(xs[0].dtype)
-
-
-def _cumsum(x: Array) -> Array:
-    return lax.associative_scan(jnp.add, x, axis=2)
 
 
 def _gate(mean: Array, p: EvoParams) -> Array:
