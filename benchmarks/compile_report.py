@@ -3,8 +3,8 @@
     python -m benchmarks.compile_report [--target h100 --target a100] [--match evo] [--json FILE]
 
 compiles every member of `benchmarks.compile_configs.CONFIGS` (another module: --configs) and exits non-zero when one
-fails to compile, spills registers or asks for more shared memory than a block may have. Needs the wheels
-jax-cuda13-plugin and jax-cuda13-pjrt of jaxlib's version, nvidia-cuda-nvcc and nvidia-nvvm.
+fails to compile, spills registers, asks for more shared memory than a block may have, or exceeds its memory budget.
+Needs the wheels jax-cuda13-plugin and jax-cuda13-pjrt of jaxlib's version, nvidia-cuda-nvcc and nvidia-nvvm.
 """
 
 import argparse
@@ -147,12 +147,17 @@ def _base_name(entry: str, names: set[str]) -> str | None:
 
 def compile_case(module: str, index: int, dtype: str, width: int, target: str) -> dict[str, Any]:
     """Build and compile one member of CONFIGS in this process; the report or the error as plain data."""
-    fn, args = importlib.import_module(module).CONFIGS[index].build(dtype, width)
+    config = importlib.import_module(module).CONFIGS[index]
+    fn, args = config.build(dtype, width)
     try:
         report = compile_for(fn, args, target)
     except Exception as error:
         return {"failures": [f"{type(error).__name__}: {error}"]}
     failures = problems(report) if report.kernels else ["no Triton kernel in the compiled program"]
+    first = jax.tree.leaves(args)[0]
+    ratio = report.temp_bytes / (first.size * first.dtype.itemsize)
+    if config.temp_ratio is not None and ratio > config.temp_ratio:
+        failures.append(f"temporary memory is {ratio:.3f} of the first argument, {config.temp_ratio} allowed")
     return {"failures": failures, "report": dataclasses.asdict(report)}
 
 

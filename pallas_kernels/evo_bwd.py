@@ -41,7 +41,7 @@ def backward(
 ) -> tuple[jax.Array, jax.Array | None, EvoParams]:
     """Gradients of v, of query (None where query is), and of params (float32)."""
     groups, _, width = inputs.v.shape
-    chunks = segment_chunks(groups, geo)
+    chunks = segment_chunks(groups, inputs.v.dtype.itemsize, geo)
     segments = -(-geo.chunks // chunks)
     state = State(
         jnp.zeros((groups, width), geo.accum),
@@ -61,10 +61,14 @@ def backward(
     return state.v, state.query, state.params
 
 
-def segment_chunks(groups: int, geo: Geometry) -> int:
-    """Chunks of one segment: a sixteenth of all tokens, within SEGMENT_TOKENS."""
+def segment_chunks(groups: int, itemsize: int, geo: Geometry) -> int:
+    """Chunks of one segment: a sixteenth of all tokens, within SEGMENT_TOKENS.
+
+    Temporaries grow with the dtype of the dot products, so 16-bit inputs multiplied in float32 get half of that.
+    """
     fewest, most = SEGMENT_TOKENS
-    tokens = min(max(groups * geo.length // 16, fewest), most)
+    share = groups * geo.length * itemsize // (16 * jnp.dtype(geo.dot_dtype).itemsize)
+    tokens = min(max(share, fewest), most)
     return max(1, min(geo.chunks, -(-tokens // (groups * geo.chunk))))
 
 

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from pallas_kernels import _pallas as plk
 from pallas_kernels import evo_tile as t
-from pallas_kernels.evo_fwd import Inputs, Tables, final_gate, gates
+from pallas_kernels.evo_fwd import Inputs, Tables, final_gate, gates, local_and_q
 from pallas_kernels.evo_tile import Geometry
 
 
@@ -96,25 +96,17 @@ def ratio_kernel(
 ) -> None:
     """gate' = z_final @ W_f^T, then down to the three arguments of r."""
     z_final_ref, g_ref = extras
-    params = inputs.params
     block, local_chunk, chunk, rows = _tile_of(first, inputs, geo)
 
-    def step(k: Any, accs: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
-        v = t.load_tile(inputs.v, rows.index, rows.used, k, geo)
-        query = v if inputs.query is None else t.load_tile(inputs.query, rows.index, rows.used, k, geo)
-        z_final = t.load_tile(z_final_ref, rows.local, rows.inside, k, geo)
-        return (
-            accs[0] + t.dot(v, t.load_weight(params.local_kernel, k, block, geo), geo),
-            accs[1] + t.dot(query, t.load_weight(params.q_kernel, k, block, geo), geo),
-            accs[2] + t.dot(z_final, t.load_weight(params.final_kernel, block, k, geo), geo, (1, 1)),
-        )
+    def step(k: Any, acc: jax.Array) -> jax.Array:
+        return acc + _back(z_final_ref, inputs.params.final_kernel, rows, block, k, geo)
 
-    local, q, d_gate = t.over_blocks(step, t.zeros(geo, 3), geo)
+    (start,) = t.zeros(geo, 1)
+    d_gate = t.over_blocks(step, start, geo)
+    local, q = local_and_q(inputs, rows, block, geo)
     v = t.load_tile(inputs.v, rows.index, rows.used, block, geo)
     gv = v if g_ref is None else v * t.load_tile(g_ref, rows.local, rows.inside, block, geo)
     gated = t.prefix(tables.gated, chunk, block, gv, geo).astype(jnp.float32)
-    local = local + t.load_columns(params.local_bias, block, geo)[None, :]
-    q = q + t.load_columns(params.q_bias, block, geo)[None, :]
     denominator = jnp.abs(gated) + jnp.abs(local) + t.DEN_EPS
     ratio = q / denominator
     s = t.sigmoid(ratio)
@@ -214,7 +206,14 @@ class Factor(NamedTuple):
 
 
 def weight_kernel(
-    first_ref: Any, inputs: Inputs, refs: tuple[Any, Any], out: Any, *, factor: Factor, split: tuple[int, int], geo: Geometry
+    first_ref: Any,
+    inputs: Inputs,
+    refs: tuple[Any, Any],
+    out: Any,
+    *,
+    factor: Factor,
+    split: tuple[int, int],
+    geo: Geometry,
 ) -> None:
     """x^T z over `repeats` of the segment's `chunks`, one (w, w) block; the partial sums are added up outside."""
     (x_ref, z_ref), (chunks, repeats) = refs, split

@@ -1,5 +1,6 @@
 """Forward Evo kernels: chunk sums of v, gated chunk sums, output. Mathematics: reference/evo.py."""
 
+from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -104,59 +105,57 @@ def _gated_sums_kernel(inputs: Inputs, tables: Tables, sums_ref: Any, *, geo: Ge
     block, chunk = plk.program_id(0), plk.program_id(1)
     rows = t.chunk_rows(inputs.rows, chunk, geo)
 
+    v = t.load_tile(inputs.v, rows.index, rows.used, block, geo)
+    gated = gate_of_mean(inputs, tables, rows, chunk, block, geo) * v
+    t.store_carry(sums_ref, chunk, block, gated.astype(geo.accum).sum(0), geo)
+
+
+def gate_of_mean(inputs: Inputs, tables: Tables, rows: t.Rows, chunk: Any, block: Any, geo: Geometry) -> jax.Array:
+    """One column block of g = sigmoid(m @ W_g + b_g), with m_t = c_t / t the running mean of v."""
+
     def step(k: Any, acc: jax.Array) -> jax.Array:
-        mean, _ = _running_mean(inputs, tables, rows, chunk, k, geo)
+        v = t.load_tile(inputs.v, rows.index, rows.used, k, geo)
+        context = t.prefix(tables.context, chunk, k, v, geo)
+        mean = (context / rows.count.astype(geo.accum)[:, None]).astype(jnp.float32)
         return acc + t.dot(mean, t.load_weight(inputs.params.gate_kernel, k, block, geo), geo)
 
     (start,) = t.zeros(geo, 1)
     logits = t.over_blocks(step, start, geo) + t.load_columns(inputs.params.gate_bias, block, geo)[None, :]
-    v = t.load_tile(inputs.v, rows.index, rows.used, block, geo)
-    t.store_carry(sums_ref, chunk, block, (t.sigmoid(logits) * v).astype(geo.accum).sum(0), geo)
-
-
-def _running_mean(
-    inputs: Inputs, tables: Tables, rows: t.Rows, chunk: Any, block: Any, geo: Geometry
-) -> tuple[jax.Array, jax.Array]:
-    """Column block of m_t = c_t / t, float32, and the tile of v it was summed from."""
-    v = t.load_tile(inputs.v, rows.index, rows.used, block, geo)
-    context = t.prefix(tables.context, chunk, block, v, geo)
-    return (context / rows.count.astype(geo.accum)[:, None]).astype(jnp.float32), v
+    return t.sigmoid(logits)
 
 
 class Gates(NamedTuple):
-    """One column block of everything that depends on a token alone, given its prefix sums."""
+    """One column block of v, g and the gate."""
 
     v: jax.Array
     g: jax.Array | None  # None in the non-causal form, where it is a constant of the sequence
-    gated: jax.Array  # S
-    local: jax.Array
-    ratio: jax.Array  # r
-    gate: jax.Array
+    gate: jax.Array  # silu(r) * v
 
 
 def gates(inputs: Inputs, tables: Tables, rows: t.Rows, chunk: Any, block: Any, geo: Geometry) -> Gates:
-    """g, S, r and gate of one column block: the three products run over all columns of m, v and query."""
+    """g, S, r and gate of one column block."""
+    g = gate_of_mean(inputs, tables, rows, chunk, block, geo) if geo.causal else None
+    local, q = local_and_q(inputs, rows, block, geo)
+    v = t.load_tile(inputs.v, rows.index, rows.used, block, geo)
+    gated = t.prefix(tables.gated, chunk, block, v if g is None else g * v, geo).astype(jnp.float32)
+    ratio = q / (jnp.abs(gated) + jnp.abs(local) + t.DEN_EPS)
+    return Gates(v, g, ratio * t.sigmoid(ratio) * v)
+
+
+def local_and_q(inputs: Inputs, rows: t.Rows, block: Any, geo: Geometry) -> tuple[jax.Array, jax.Array]:
+    """One column block of v @ W_l + b_l and of query @ W_q + b_q."""
     params = inputs.params
 
     def step(k: Any, accs: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
-        if geo.causal:
-            mean, v = _running_mean(inputs, tables, rows, chunk, k, geo)
-            from_mean = t.dot(mean, t.load_weight(params.gate_kernel, k, block, geo), geo)
-        else:
-            v, from_mean = t.load_tile(inputs.v, rows.index, rows.used, k, geo), 0.0
+        v = t.load_tile(inputs.v, rows.index, rows.used, k, geo)
         query = v if inputs.query is None else t.load_tile(inputs.query, rows.index, rows.used, k, geo)
         from_v = t.dot(v, t.load_weight(params.local_kernel, k, block, geo), geo)
         from_query = t.dot(query, t.load_weight(params.q_kernel, k, block, geo), geo)
-        return accs[0] + from_mean, accs[1] + from_v, accs[2] + from_query
+        return accs[0] + from_v, accs[1] + from_query
 
-    from_mean, local, q = t.over_blocks(step, t.zeros(geo, 3), geo)
-    v = t.load_tile(inputs.v, rows.index, rows.used, block, geo)
-    g = t.sigmoid(from_mean + t.load_columns(params.gate_bias, block, geo)[None, :]) if geo.causal else None
-    gated = t.prefix(tables.gated, chunk, block, v if g is None else g * v, geo).astype(jnp.float32)
-    local = local + t.load_columns(params.local_bias, block, geo)[None, :]
-    q = q + t.load_columns(params.q_bias, block, geo)[None, :]
-    ratio = q / (jnp.abs(gated) + jnp.abs(local) + t.DEN_EPS)
-    return Gates(v, g, gated, local, ratio, ratio * t.sigmoid(ratio) * v)
+    local, q = t.over_blocks(step, t.zeros(geo, 2), geo)
+    local_bias, q_bias = (t.load_columns(bias, block, geo)[None, :] for bias in (params.local_bias, params.q_bias))
+    return local + local_bias, q + q_bias
 
 
 def _output_kernel(inputs: Inputs, tables: Tables, out_ref: Any, *, geo: Geometry) -> None:
@@ -192,7 +191,9 @@ def _gate_kernel(inputs: Inputs, tables: Tables, gate_ref: Any, *, geo: Geometry
 
 
 def _norm(inputs: Inputs, tables: Tables, gate: jax.Array, geo: Geometry) -> jax.Array:
-    """Pass C2 of wide rows, in place of the gate where the dtypes agree."""
+    """Pass C2 of wide rows, in place of the gate where the dtypes agree; narrower blocks where products are split."""
+    if geo.dot_dtype == "float32":
+        geo = replace(geo, launch=replace(geo.launch, block_d=16))
     out = jax.ShapeDtypeStruct(gate.shape, inputs.v.dtype)
     return plk.call(
         partial(_norm_kernel, geo=geo),

@@ -68,6 +68,10 @@ def refusal(dtype: jnp.dtype) -> str | None:
 def prefix_scan(x: jax.Array, *, axis: int, reverse: bool, exclusive: bool, accum_dtype: str, mode: str) -> jax.Array:
     """Prefix sums of `x` along `axis`, accumulated in `accum_dtype`, in x's dtype (booleans are counted in int32)."""
     x = x.astype(jnp.int32) if x.dtype == jnp.bool_ else x
+    if x.dtype.itemsize == 1 and x.size > 2**31 - 1:  # Pallas gives 64-bit offsets by bytes, not by elements
+        wide = jnp.int16 if jnp.issubdtype(x.dtype, jnp.signedinteger) else jnp.uint16
+        options = {"reverse": reverse, "exclusive": exclusive, "accum_dtype": accum_dtype, "mode": mode}
+        return prefix_scan(x.astype(wide), axis=axis, **options).astype(x.dtype)
     scan = Scan(axis % x.ndim, reverse, exclusive, str(jnp.dtype(accum_dtype)), mode)
     if not jnp.issubdtype(x.dtype, jnp.floating):
         return _forward(x, scan)  # integers have no gradient

@@ -72,7 +72,7 @@ def actual_evo(case: EvoCase, implementation: str, **options: Any) -> tuple[jax.
     return run(v, query, evo_params(case.width, case.dtype), mask, cotangent)
 
 
-def check_evo(case: EvoCase, implementation: str, **options: Any) -> None:
+def check_evo(case: EvoCase, implementation: str, tolerances: Any = TOLERANCE, **options: Any) -> None:
     """Assert shapes, dtypes, exact zeros and relative L2 errors of one case."""
     out, grads = actual_evo(case, implementation, **options)
     expected_out, expected_grads = expected_evo(case)
@@ -82,7 +82,7 @@ def check_evo(case: EvoCase, implementation: str, **options: Any) -> None:
         absent = ~np.broadcast_to(mask[:, None], out.shape[:3])
         for name, array in (("out", out), ("v", grads[0]), ("query", grads[1])):
             assert array is None or not np.asarray(array, np.float32)[absent].any(), f"{name} is not 0 where masked"
-    tolerance = TOLERANCE[case.dtype]
+    tolerance = tolerances[case.dtype]
     assert_close("out", out, expected_out, tolerance[0])
     assert_close("v", grads[0], expected_grads[0], tolerance[1])
     if case.own_query:

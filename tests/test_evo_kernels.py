@@ -26,7 +26,7 @@ SEGMENTED = (EvoCase(257, 16, mask="interior", own_query=True), EvoCase(200, 12,
 def test_backward_by_segments(case, monkeypatch):
     """Several segments, the last one ragged: their suffix sums and weight gradients must join up."""
     monkeypatch.setattr(evo_bwd, "SEGMENT_TOKENS", (case.batch * case.heads * 32,) * 2)
-    geometry_chunks = evo_bwd.segment_chunks(case.batch * case.heads, _geometry(case.length, block_m=16))
+    geometry_chunks = evo_bwd.segment_chunks(case.batch * case.heads, 4, _geometry(case.length, block_m=16))
     assert geometry_chunks == 2, "the segments of this test are two chunks of 16 tokens"
     check_evo(case, "interpret", block_m=16)
 

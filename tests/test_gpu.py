@@ -1,0 +1,83 @@
+"""On a real GPU, `pytest -m gpu`: numerics of the compiled kernels, bitwise reruns, large arrays, placement.
+
+Nothing here has a CPU counterpart that proves it: TF32 products, races, and 64-bit offsets only show on the device.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from cases import EVO_CASES, LENGTHS, EvoCase
+from checks import TOLERANCE, actual_evo, check_evo, evo_params
+
+import evo_jax
+
+pytestmark = pytest.mark.gpu
+
+# float32 products are TF32 x 3 (some 2^-21 per product, against 2^-24); the fp16 products are TF32, which rounds the
+# gate and the mean to fp16's own precision.
+GPU_TOLERANCE = {**TOLERANCE, "float32": (5e-5, 3e-3, 3e-3), "float16": (3e-3, 3e-2, 5e-2)}
+LONG = (EvoCase(4099, 64), EvoCase(4099, 128), EvoCase(4099, 80, mask="interior"), EvoCase(4099, 64, dtype="bfloat16"))
+
+
+@pytest.mark.parametrize("case", (*EVO_CASES, *LONG, EvoCase(300, 200), EvoCase(300, 256)), ids=str)
+def test_evo_equals_oracle(case):
+    check_evo(case, "triton", GPU_TOLERANCE)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize("width", [64, 80, 128])
+def test_reruns_are_bitwise_equal(width, dtype):
+    """Many programs at once, several segments: a race or an atomic would show as a changed bit."""
+    case = EvoCase(8200, width, dtype=dtype, batch=2, heads=8, own_query=True, mask="interior")
+    first = jax.tree.leaves(actual_evo(case, "triton"))
+    for _ in range(10):
+        again = jax.tree.leaves(actual_evo(case, "triton"))
+        assert all(np.array_equal(a, b) for a, b in zip(first, again, strict=True))
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.parametrize("exclusive", [False, True])
+@pytest.mark.parametrize("shape, axis", [*(((2, n, 16), 1) for n in LENGTHS), ((70001,), 0), ((7, 70001), 1)], ids=str)
+def test_prefix_sum_is_exact_on_small_integers(shape, axis, exclusive, reverse):
+    """Integers below 2^24 in float32: every order of summation gives the same bits."""
+    x = np.random.default_rng(0).integers(-9, 10, shape).astype(np.float32)
+    out = evo_jax.prefix_sum(x, axis=axis, reverse=reverse, exclusive=exclusive, implementation="triton")
+    turned = np.flip(x, axis) if reverse else x
+    expected = np.cumsum(turned, axis, dtype=np.float64) - (turned if exclusive else 0)
+    np.testing.assert_array_equal(out, np.flip(expected, axis) if reverse else expected)
+
+
+def test_float64_accumulation(x64):
+    v = 1e4 + jax.random.normal(jax.random.key(0), (1, 2, 3000, 16), jnp.float32)
+    params = evo_params(16, "float32")
+    out = evo_jax.evo_attention(v, params, accum_dtype=jnp.float64, implementation="triton")
+    wide = jax.tree.map(lambda a: a.astype("float64"), params)
+    exact = evo_jax.evo_attention(v.astype("float64"), wide, implementation="reference")
+    assert np.linalg.norm(out - exact) <= 5e-5 * np.linalg.norm(exact)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "int8"])
+def test_more_than_two_billion_elements(dtype):
+    """Offsets past 2^31: the last rows count on every row before them."""
+    length = 2**25 + 5
+    x = jnp.zeros((length, 65), dtype).at[::1_000_000].set(1)
+    out = evo_jax.prefix_sum(x, axis=0, implementation="triton")
+    np.testing.assert_array_equal(np.asarray(out[-3:].astype(jnp.float32)), -(-length // 1_000_000))
+
+
+def test_arrays_on_the_host_use_the_reference():
+    host = jax.devices("cpu")[0]
+    v = jax.device_put(np.ones((1, 2, 40, 16), np.float32), host)
+    params = jax.device_put(evo_params(16, "float32"), host)
+    for run in (evo_jax.evo_attention, jax.jit(evo_jax.evo_attention)):
+        assert run(v, params).devices() == {host}
+    on_device = evo_jax.evo_attention(jax.device_put(v, jax.devices("gpu")[0]), evo_params(16, "float32"))
+    assert {d.platform for d in on_device.devices()} == {"gpu"}
+
+
+def test_long_fp16_is_finite():
+    """Mean 10 over 65,536 tokens: the original's fp16 prefix is infinite after some 6,500."""
+    v = (10 + jax.random.normal(jax.random.key(0), (1, 2, 65536, 64))).astype(jnp.float16)
+    out = evo_jax.evo_attention(v, evo_params(64, "float16"), implementation="triton")
+    assert bool(jnp.isfinite(out).all())
