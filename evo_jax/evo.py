@@ -1,7 +1,7 @@
 """evo_attention, the gated prefix sum, and the parameters it takes."""
 
-import functools
 import math
+from functools import cache, partial
 from typing import Any
 
 import jax
@@ -100,17 +100,14 @@ def evo_attention(
     v, rows = padding.resolve(_OP, v, attention_mask, mask_semantics, spec.causal)
     arrays = (v,) if query is None else (v, query)
     how = choose(_OP, implementation, lambda: _refusal(v, params, spec), arrays)
-    if how == "reference":
-        return evo_chunked(v, query, params, rows, spec)
-    v = require_cuda(v, _OP) if how == "triton" else v
-    return _kernel(v, query, params, rows, spec, mode=how, **launch)
+    return _run(v, query, params, rows, spec, how, launch)
 
 
-@functools.cache
+@cache
 def _default_params(head_dim: int) -> EvoParams:
     """Drawn while tracing, not by the traced program, so that they are the same numbers eagerly and under jit."""
     with jax.ensure_compile_time_eval():
-        return EvoParams(*map(np.asarray, init_evo_params(jax.random.key(0), head_dim)))
+        return jax.tree.map(np.asarray, init_evo_params(jax.random.key(0), head_dim))
 
 
 def _refusal(v: jax.Array, params: EvoParams, spec: EvoSpec) -> str | None:
@@ -120,7 +117,12 @@ def _refusal(v: jax.Array, params: EvoParams, spec: EvoSpec) -> str | None:
     return evo.refusal(jax.ShapeDtypeStruct(v.shape, v.dtype), params_dtype, spec)
 
 
-def _kernel(*arrays: Any, **options: Any) -> jax.Array:
+@partial(jax.jit, static_argnums=(4, 5, 6), inline=True)
+def _run(v: jax.Array, query: Any, params: EvoParams, rows: Any, spec: EvoSpec, how: str, launch: Any) -> jax.Array:
+    """Jitted, so that an eager call is one compiled program too."""
+    if how == "reference":
+        return evo_chunked(v, query, params, rows, spec)
     from pallas_kernels import evo
 
-    return evo.evo(*arrays, **options)
+    v = require_cuda(v, _OP) if how == "triton" else v
+    return evo.evo(v, query, params, rows, spec, mode=how, **dict(launch))

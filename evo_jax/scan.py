@@ -1,5 +1,6 @@
 """prefix_sum: running sums along one axis."""
 
+from functools import partial
 from typing import Any
 
 import jax
@@ -50,16 +51,10 @@ def prefix_sum(
     [1. 3. 6.] [5. 3. 0.]
     """
     x = _summable(x)
-    options = {
-        "axis": shapes.scan_axis(_OP, x, axis),
-        "reverse": bool(reverse),
-        "exclusive": bool(exclusive),
-        "accum_dtype": shapes.accum_dtype(_OP, x, accum_dtype),
-    }
+    axis = shapes.scan_axis(_OP, x, axis)
+    accum_dtype = shapes.accum_dtype(_OP, x, accum_dtype)
     how = choose(_OP, implementation, lambda: _refusal(x), (x,))
-    if how == "reference":
-        return prefix_sum_chunked(x, **options)
-    return _kernel(require_cuda(x, _OP) if how == "triton" else x, how, options)
+    return _run(x, axis, bool(reverse), bool(exclusive), accum_dtype, how)
 
 
 def _summable(x: Any) -> jax.Array:
@@ -77,7 +72,12 @@ def _refusal(x: jax.Array) -> str | None:
     return prefix_scan.refusal(x.dtype)
 
 
-def _kernel(x: jax.Array, mode: str, options: dict[str, Any]) -> jax.Array:
+@partial(jax.jit, static_argnums=(1, 2, 3, 4, 5), inline=True)
+def _run(x: jax.Array, axis: int, reverse: bool, exclusive: bool, accum_dtype: str, how: str) -> jax.Array:
+    """Jitted, so that an eager call is one compiled program too."""
+    options: Any = {"axis": axis, "reverse": reverse, "exclusive": exclusive, "accum_dtype": accum_dtype}
+    if how == "reference":
+        return prefix_sum_chunked(x, **options)
     from pallas_kernels import prefix_scan
 
-    return prefix_scan.prefix_scan(x, mode=mode, **options)
+    return prefix_scan.prefix_scan(require_cuda(x, _OP) if how == "triton" else x, mode=how, **options)

@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 from reference.evo_params import EvoParams
 
@@ -86,17 +87,16 @@ def accum_dtype(op: str, array: jax.Array, dtype: Any) -> str:
     return result.name
 
 
-def launch(op: str, block_m: int | None, num_warps: int | None, num_stages: int | None) -> dict[str, int | None]:
-    """The kernels' launch options, checked alike whether or not a kernel runs."""
+def launch(op: str, block_m: int | None, num_warps: int | None, num_stages: int | None) -> tuple[Any, ...]:
+    """(name, value) of the kernels' launch options that were given, checked alike whether or not a kernel runs."""
     checks = {"block_m": (block_m, 16, 1024), "num_warps": (num_warps, 1, 16), "num_stages": (num_stages, 1, None)}
-    for name, (value, low, high) in checks.items():
-        if value is None:
-            continue
-        number = integer(op, name, value)
+    given = {name: integer(op, name, check[0]) for name, check in checks.items() if check[0] is not None}
+    for name, number in given.items():
+        _, low, high = checks[name]
         if number < low or (high is not None and (number > high or number & (number - 1))):
             span = f"a power of two from {low} to {high}" if high else f"at least {low}"
-            raise ValueError(f"{op}: {name}={value} must be {span}; leave it out for the default")
-    return {"block_m": block_m, "num_warps": num_warps, "num_stages": num_stages}
+            raise ValueError(f"{op}: {name}={number} must be {span}; leave it out for the default")
+    return tuple(given.items())
 
 
 def integer(op: str, name: str, value: Any) -> int:
@@ -151,7 +151,7 @@ def token_mask(op: str, mask: Any, batch: int, length: int) -> jax.Array | np.nd
 
 def known(mask: jax.Array | np.ndarray) -> bool:
     """Whether the mask's values can be read here: not traced, and all of it in this process."""
-    return not isinstance(mask, jax.core.Tracer) and getattr(mask, "is_fully_addressable", True)
+    return not isinstance(mask, Tracer) and getattr(mask, "is_fully_addressable", True)
 
 
 def zeros_and_ones(op: str, mask: jax.Array | np.ndarray) -> None:
@@ -183,7 +183,7 @@ def _dtype(op: str, name: str, dtype: Any) -> np.dtype:
         result = np.dtype(dtype)
     except TypeError:
         raise TypeError(f"{op}: {name}={dtype!r} is not a dtype") from None
-    if result.itemsize == 8 and result.kind in "fiu" and not jax.config.jax_enable_x64:
+    if result.kind in "fiu" and jax.dtypes.canonicalize_dtype(result) != result:
         raise ValueError(
             f"{op}: {name}={result.name} needs 64-bit types, which are off; enable them at start-up with "
             "jax.config.update('jax_enable_x64', True) or JAX_ENABLE_X64=1"

@@ -125,11 +125,13 @@ def counted():
 
 def test_a_jitted_function_is_traced_again_inside_the_context_and_only_then():
     fn, traces = counted()
-    fn(X), fn(X)
+    fn(X)
+    fn(X)
     assert len(traces) == 1
     for _ in range(2):
         with evo_jax.backend("reference"):
-            fn(X), fn(X)
+            fn(X)
+            fn(X)
     assert len(traces) == 2
     fn(X)
     assert len(traces) == 2

@@ -1,6 +1,7 @@
 """evo_attention at the public door: masks and what they mean, default parameters, dtypes, transforms, refusals."""
 
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -61,12 +62,16 @@ def test_all_forms_of_a_mask_are_one_mask(semantics):
     mask = MASKS["interior"]
     resolve = partial(padding.resolve, "op", semantics=semantics, causal=True)
     expected = resolve(V, mask)
+
+    def same(a, b):
+        return all(np.array_equal(x, y) for x, y in zip(a, b, strict=True))
+
     for form in (mask, mask[:, None], mask[:, None, :, None]):
         for dtype in ("bool", "int32", "uint8", "float32", "bfloat16"):
             array = jnp.asarray(form).astype(dtype)
             for given in (array, np.asarray(array), form.tolist()):
-                assert all(map(np.array_equal, resolve(V, given), expected)), (form.shape, dtype)
-            assert all(map(np.array_equal, jax.jit(resolve)(V, array), expected)), (form.shape, dtype)
+                assert same(resolve(V, given), expected), (form.shape, dtype)
+            assert same(jax.jit(resolve)(V, array), expected), (form.shape, dtype)
 
 
 def test_the_divisor_counts_valid_tokens_and_its_sign_says_which_are_masked():
@@ -299,7 +304,8 @@ def test_float64_values_refuse_narrower_sums(x64):
 
 
 def test_init_refuses_what_it_cannot_draw():
-    for head_dim, error in ((0, ValueError), (1.5, TypeError)):
+    wrong: list[tuple[Any, type[Exception]]] = [(0, ValueError), (1.5, TypeError)]
+    for head_dim, error in wrong:
         with pytest.raises(error, match=f"head_dim={head_dim} must be"):
             evo_jax.init_evo_params(jax.random.key(0), head_dim)
     with pytest.raises(TypeError, match="dtype=int32 must be one of"):
