@@ -155,6 +155,18 @@ def test_arrays_on_the_cpu_of_a_gpu_host_use_the_reference(gpu):
     np.testing.assert_array_equal(jax.grad(lambda x: evo_jax.prefix_sum(x)[-1].sum())(jnp.asarray(X)), np.ones_like(X))
 
 
+@pytest.mark.gpu
+def test_on_a_gpu_host_each_array_runs_where_it_lives(gpu):
+    on_cpu, on_gpu = (jax.device_put(X, jax.devices(platform)[0]) for platform in ("cpu", "cuda"))
+    for x in (on_cpu, on_gpu):
+        out = jax.jit(evo_jax.prefix_sum)(x)
+        assert out.devices() == x.devices()
+        np.testing.assert_array_equal(out, np.cumsum(X, axis=0))
+    with pytest.raises(NotImplementedError, match="implementation='triton' needs a CUDA device"):
+        evo_jax.prefix_sum(on_cpu, implementation="triton")
+    evo_jax.prefix_sum(on_gpu, implementation="triton").block_until_ready()
+
+
 def test_explicit_triton_on_the_cpu_fails_clearly_however_it_is_called():
     def fn(x):
         return evo_jax.prefix_sum(x, implementation="triton").sum()
