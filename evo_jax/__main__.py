@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from evo_jax._version import __version__
-from evo_jax.demo.settings import ATTENTIONS, BACKENDS, DTYPES, DemoError, Settings
+from evo_jax.demo.model import ATTENTION
+from evo_jax.demo.settings import BACKENDS, DTYPES, DemoError, Settings
 
 _DEMO_LIBRARIES = {"optax": "optax", "orbax": "orbax-checkpoint", "rich": "rich", "matplotlib": "matplotlib"}
 INTERRUPTED = 130  # the shell's exit status of a command that ended on Ctrl-C
@@ -46,7 +47,9 @@ def _add_demo(commands) -> None:
         value = getattr(default, name)
         flag = "--" + name.replace("_", "-")
         demo.add_argument(flag, type=type(value), metavar="N", help=f"{meaning} (default {value})")
-    demo.add_argument("--attention", choices=ATTENTIONS, help=f"which attention layer (default {default.attention})")
+    demo.add_argument(
+        "--attention", choices=tuple(ATTENTION), help=f"which attention layer (default {default.attention})"
+    )
     demo.add_argument(
         "--dtype", choices=DTYPES, help=f"of the computation; parameters are float32 (default {default.dtype})"
     )

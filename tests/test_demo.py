@@ -303,8 +303,12 @@ def test_the_batch_depends_on_seed_and_step_alone() -> None:
     assert all(bytes(np.asarray(window)) in whole for window in one)
 
 
-def test_choices_on_the_command_line_are_the_layers_there_are() -> None:
-    assert tuple(model.ATTENTION) == settings.ATTENTIONS
+def test_every_registered_attention_is_a_choice_and_no_other(capsys: pytest.CaptureFixture[str]) -> None:
+    for name in model.ATTENTION:
+        assert command._parser().parse_args(["demo", f"--attention={name}"]).attention == name
+    with pytest.raises(SystemExit):
+        command.main(["demo", "--attention=none"])
+    assert "invalid choice: 'none'" in capsys.readouterr().err
 
 
 def test_what_a_model_writes_is_safe_on_a_terminal() -> None:

@@ -6,7 +6,6 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-ATTENTIONS = ("evo",)
 DTYPES = ("float32", "bfloat16")
 BACKENDS = ("auto", "triton", "reference", "interpret")
 _FILE = "settings.json"
@@ -24,13 +23,13 @@ class Settings:
         DemoError: a value that no model can have.
     """
 
-    steps: int = 600
+    steps: int = 3000
     width: int = 128
     layers: int = 2
     heads: int = 4
     seq_len: int = 128
-    batch_size: int = 8
-    lr: float = 3e-3
+    batch_size: int = 4
+    lr: float = 6e-3
     seed: int = 0
     attention: str = "evo"
     dtype: str = "float32"
