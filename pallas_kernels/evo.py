@@ -80,10 +80,10 @@ def _vjp_backward(options: Options, saved: Residuals, d_out: jax.Array) -> tuple
     kernel = partial(_kernel_backward, options=options)
     if options.mode == "platform":
         fallback = partial(_reference_backward, spec=options.spec)
-        grads = jax.lax.platform_dependent(saved, d_out, cuda=kernel, default=fallback)
+        d_v, d_query, d_params = jax.lax.platform_dependent(saved, d_out, cuda=kernel, default=fallback)
     else:
-        grads = kernel(saved, d_out)
-    return *grads, None
+        d_v, d_query, d_params = kernel(saved, d_out)
+    return d_v, d_query, d_params, None
 
 
 _evo.defvjp(_vjp_forward, _vjp_backward)

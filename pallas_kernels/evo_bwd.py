@@ -152,6 +152,8 @@ class _Segment(NamedTuple):
     def _weight(self, x: jax.Array, z: jax.Array, factor: k.Factor) -> jax.Array:
         """x^T z over the segment: one register block per program, partial sums added in a fixed order."""
         geo, parts = self.geo, -(-self.chunks // WEIGHT_CHUNKS)
+        if geo.dot_dtype == "bfloat16" and geo.width % 64 == 0:  # two operands and one accumulator: room for 64 columns
+            geo = replace(geo, launch=replace(geo.launch, block_d=64))
         out = jax.ShapeDtypeStruct((x.shape[0], parts, geo.width, geo.width), jnp.float32)
         kernel = partial(k.weight_kernel, factor=factor, split=(self.chunks, WEIGHT_CHUNKS), geo=geo)
         partial_sums = plk.call(

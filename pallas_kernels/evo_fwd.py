@@ -1,7 +1,7 @@
 """Forward Evo kernels: chunk sums of v, gated chunk sums, output. Mathematics: reference/evo.py."""
 
 from dataclasses import replace
-from functools import partial
+from functools import partial, reduce
 from typing import Any, NamedTuple
 
 import jax
@@ -20,8 +20,8 @@ class Tables(NamedTuple):
     Non-causal: the two totals, (G, 1, D). These are the only residuals besides the inputs.
     """
 
-    context: jax.Array
-    gated: jax.Array
+    context: Any
+    gated: Any
 
 
 class Inputs(NamedTuple):
@@ -226,9 +226,10 @@ def _norm_kernel(inputs: Inputs, tables: Tables, gate_ref: Any, out_ref: Any, *,
         context = t.prefix(tables.context, chunk, block, v, geo).astype(jnp.float32)
         _, ok = t.columns(block, geo)
         parts.append((block, ok, jnp.where(rows.live[:, None] & ok[None, :], final * context, 0.0)))
-    mean = sum(y.sum(1) for _, _, y in parts)[:, None] / geo.width
+    mean = reduce(jnp.add, [y.sum(1) for _, _, y in parts])[:, None] / geo.width
     centred = [(block, jnp.where(ok[None, :], y - mean, 0.0)) for block, ok, y in parts]
-    inverse = jax.lax.rsqrt(sum((y * y).sum(1) for _, y in centred) / geo.width + t.NORM_EPS)
+    variance = reduce(jnp.add, [(y * y).sum(1) for _, y in centred]) / geo.width
+    inverse = jax.lax.rsqrt(variance + t.NORM_EPS)
     _store_normalised(inputs, rows, [(block, y * inverse[:, None]) for block, y in centred], out_ref, geo)
 
 

@@ -36,13 +36,11 @@ def evo_launch(
 ) -> Launch:
     """The default launch for head width `width`, with the caller's own choices over it.
 
-    A width of 64 in bfloat16, and any up to 32, is one column block: the forward is then fused into three reads and
-    one write. Wider rows would spill registers, so they are computed in blocks of columns: 32 where that divides the
-    width, else 16, so that at most 15 columns are computed in vain.
+    Wider tiles read each row fewer times, until they spill registers. The forward holds 64 columns of bfloat16: then a
+    width of 64 is one block, and is fused into three reads and one write. Everything else takes 32 columns where that
+    divides the width, else 16, so that at most 15 columns are computed in vain.
     """
-    if width <= 16:
-        block_d = 16
-    elif width == 64 and dot_dtype == "bfloat16" and not backward:
+    if dot_dtype == "bfloat16" and width % 64 == 0 and not backward:
         block_d = 64
     else:
         block_d = 32 if width % 32 == 0 else 16

@@ -21,7 +21,7 @@ class Step(NamedTuple):
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def chunk_loop(step: Step, consts: Tree, carry: Tree, xs: Tree, aux: Tree) -> tuple[Tree, Array]:
+def chunk_loop(step: Step, consts: Tree, carry: Tree, xs: Tree, aux: Tree) -> Any:
     """The last carry and the outputs, (B, H, L, ...). `aux` gets no gradient."""
     return _forward(step, consts, carry, xs, aux)[0]
 

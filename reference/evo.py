@@ -7,6 +7,7 @@ With lin_n(a) = a @ n_kernel + n_bias and t counting tokens, per head (SEMANTICS
 """
 
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -63,11 +64,15 @@ def evo_chunked(v: Array, query: Array | None, params: EvoParams, rows: Array | 
     consts = EvoParams(*(a.astype(dtype) for a in params))
     if rows is not None:
         rows = lax.stop_gradient(rows)
+    size, xs = chunk_length(v.shape), (v, query)
+    result: Any
     if spec.causal:
         zero = jnp.zeros((*v.shape[:2], v.shape[3]), accum)
-        return chunk_loop(Step(_causal_step, spec, chunk_length(v.shape)), consts, (zero, zero), (v, query), rows)[1]
-    c, s = _totals(v, consts, rows, spec)
-    return chunk_loop(Step(_full_step, spec, chunk_length(v.shape)), (consts, c, s), (), (v, query), rows)[1]
+        result = chunk_loop(Step(_causal_step, spec, size), consts, (zero, zero), xs, rows)
+    else:
+        c, s = _totals(v, consts, rows, spec)
+        result = chunk_loop(Step(_full_step, spec, size), (consts, c, s), (), xs, rows)
+    return result[1]
 
 
 def chunk_length(shape: tuple[int, ...]) -> int:
@@ -107,7 +112,7 @@ def _count(rows: Array, dtype: jnp.dtype) -> Array:
 
 
 def _causal_step(spec, p, carry, xs, rows, start):
-    v, q, live = _live(*xs, rows, spec)
+    v, q, live = _live(xs[0], xs[1], rows, spec)
     dtype, accum = _dtypes(v, spec)
     c_before, s_before = carry
     c = c_before[:, :, None] + prefix_sum_chunked(v.astype(accum), axis=2)
@@ -119,7 +124,7 @@ def _causal_step(spec, p, carry, xs, rows, start):
 
 
 def _full_step(spec, consts, carry, xs, rows, start):
-    v, q, live = _live(*xs, rows, spec)
+    v, q, live = _live(xs[0], xs[1], rows, spec)
     p, c, s = consts
     return carry, _output(v, q, c, s, p, live, spec).astype(xs[0].dtype)
 

@@ -5,24 +5,26 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
-from jax import Array
 
 _TORCH_NAMES = {"q": "q_proj", "local": "v_proj_local", "gate": "global_stat_gate_proj", "final": "final_gate_proj"}
 
 
 class EvoParams(NamedTuple):
-    """Weights shared by all heads; kernels are (in, out): `lin(a) = a @ kernel + bias`."""
+    """Weights shared by all heads; kernels are (in, out): `lin(a) = a @ kernel + bias`.
 
-    q_kernel: Array
-    q_bias: Array
-    local_kernel: Array
-    local_bias: Array
-    gate_kernel: Array
-    gate_bias: Array
-    final_kernel: Array
-    final_bias: Array
-    norm_scale: Array
-    norm_bias: Array
+    Fields are arrays, or what stands for one in a pytree of the same form: a shape, a block spec, a gradient.
+    """
+
+    q_kernel: Any
+    q_bias: Any
+    local_kernel: Any
+    local_bias: Any
+    gate_kernel: Any
+    gate_bias: Any
+    final_kernel: Any
+    final_bias: Any
+    norm_scale: Any
+    norm_bias: Any
 
     @classmethod
     def from_state_dict(cls, state: Mapping[str, Any]) -> "EvoParams":

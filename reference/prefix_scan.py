@@ -2,6 +2,7 @@
 
 from functools import partial
 from itertools import accumulate
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -41,7 +42,7 @@ def prefix_sum_chunked(
     accum = jnp.dtype(accum_dtype or default_accum_dtype(x.dtype))
     if axis < 0:
         axis += x.ndim
-    scan = _differentiable_scan if jnp.issubdtype(x.dtype, jnp.floating) else _scan
+    scan: Any = _differentiable_scan if jnp.issubdtype(x.dtype, jnp.floating) else _scan
     return scan(x, axis, reverse, exclusive, accum).astype(_result_dtype(x))
 
 

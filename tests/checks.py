@@ -43,11 +43,12 @@ def expected_evo(case: EvoCase) -> tuple[jax.Array, tuple[Any, Any, EvoParams]]:
         rows = signed_rows(mask, case.causal, case.semantics)
         factor = 1.0 if mask is None or spec.absent else mask[:, None, :, None].astype(np.float32)
 
-        def oracle(v: Any, query: Any, params: EvoParams) -> jax.Array:
-            return evo_dense(v * factor, query, params, rows, spec)
+        @jax.jit
+        def oracle(v: Any, query: Any, params: EvoParams, cotangent: Any) -> Any:
+            out, vjp = jax.vjp(lambda v, q, p: evo_dense(v * factor, q, p, rows, spec), v, query, params)
+            return out, vjp(cotangent)
 
-        out, vjp = jax.vjp(oracle, v, query, params)
-        return out, vjp(cotangent)
+        return oracle(v, query, params, cotangent)
 
 
 def actual_evo(case: EvoCase, implementation: str, **options: Any) -> tuple[jax.Array, tuple[Any, Any, EvoParams]]:
@@ -69,7 +70,11 @@ def actual_evo(case: EvoCase, implementation: str, **options: Any) -> tuple[jax.
         out, vjp = jax.vjp(lambda v, q, p: call(v, p, query=q, attention_mask=mask), v, query, params)
         return out, vjp(cotangent)
 
-    return run(v, query, evo_params(case.width, case.dtype), mask, cotangent)
+    args = (v, query, evo_params(case.width, case.dtype), mask, cotangent)
+    if implementation != "interpret":
+        return run(*args)
+    # The interpreter makes large programs of small arrays: optimising them takes longer than running them.
+    return run.lower(*args).compile(compiler_options={"xla_backend_optimization_level": "0"})(*args)
 
 
 def check_evo(case: EvoCase, implementation: str, tolerances: Any = TOLERANCE, **options: Any) -> None:
@@ -83,20 +88,22 @@ def check_evo(case: EvoCase, implementation: str, tolerances: Any = TOLERANCE, *
         for name, array in (("out", out), ("v", grads[0]), ("query", grads[1])):
             assert array is None or not np.asarray(array, np.float32)[absent].any(), f"{name} is not 0 where masked"
     tolerance = tolerances[case.dtype]
+    # LayerNorm over one column is constant: what comes through it is exactly 0, so errors are judged by its input.
+    floor = float(jnp.linalg.norm(evo_inputs(case)[3].astype(jnp.float32))) if case.width == 1 else 0.0
     assert_close("out", out, expected_out, tolerance[0])
-    assert_close("v", grads[0], expected_grads[0], tolerance[1])
+    assert_close("v", grads[0], expected_grads[0], tolerance[1], floor)
     if case.own_query:
-        assert_close("query", grads[1], expected_grads[1], tolerance[1])
+        assert_close("query", grads[1], expected_grads[1], tolerance[1], floor)
     for name, grad, expected in zip(EvoParams._fields, grads[2], expected_grads[2], strict=True):
         assert grad.dtype == jnp.dtype(case.dtype)
-        assert_close(name, grad, expected, tolerance[2])
+        assert_close(name, grad, expected, tolerance[2], floor)
 
 
-def assert_close(name: str, actual: Any, expected: Any, tolerance: float) -> None:
-    """|actual - expected| <= tolerance * |expected|, in the 2-norm over the whole array; NaN fails."""
+def assert_close(name: str, actual: Any, expected: Any, tolerance: float, floor: float = 0.0) -> None:
+    """|actual - expected| <= tolerance * max(|expected|, floor), in the 2-norm over the whole array; NaN fails."""
     actual, expected = np.asarray(actual, np.float64), np.asarray(expected, np.float64)
     assert actual.shape == expected.shape, f"{name}: {actual.shape} != {expected.shape}"
-    error, size = np.linalg.norm(actual - expected), np.linalg.norm(expected)
+    error, size = np.linalg.norm(actual - expected), max(np.linalg.norm(expected), floor)
     assert error <= tolerance * size, f"{name}: relative L2 error {error / max(size, 1e-300):.2e} > {tolerance:.0e}"
 
 

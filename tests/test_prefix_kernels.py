@@ -47,8 +47,9 @@ def test_kernel_equals_numpy(shape, axis):
         scan = partial(evo_jax.prefix_sum, axis=axis, implementation="interpret")
         return [scan(x, reverse=reverse, exclusive=exclusive) for reverse, exclusive in DIRECTIONS]
 
-    for out, direction in zip(run(x), DIRECTIONS, strict=True):
-        np.testing.assert_allclose(out, summed(x, axis, *direction, np.float64), atol=1e-5 * max(x.size, 1) ** 0.5)
+    for out, (reverse, exclusive) in zip(run(x), DIRECTIONS, strict=True):
+        expected = summed(x, axis, reverse, exclusive, np.float64)
+        np.testing.assert_allclose(out, expected, atol=1e-5 * max(x.size, 1) ** 0.5)
 
 
 @pytest.mark.parametrize("dtype", ["int8", "uint8", "int32", "uint32", "bool"])
