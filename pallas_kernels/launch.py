@@ -40,10 +40,8 @@ def evo_launch(
     width of 64 is one block, and is fused into three reads and one write. Everything else takes 32 columns where that
     divides the width, else 16, so that at most 15 columns are computed in vain.
     """
-    if dot_dtype == "bfloat16" and width % 64 == 0 and not backward:
-        block_d = 64
-    else:
-        block_d = 32 if width % 32 == 0 else 16
+    widest = 64 if dot_dtype == "bfloat16" and not backward else 32
+    block_d = next(block for block in (widest, 32, 16) if width % block == 0 or block == 16)
     return Launch(
         block_m=64 if block_m is None else block_m,
         block_d=block_d,
