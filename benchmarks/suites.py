@@ -1,0 +1,101 @@
+"""What each suite of `python -m benchmarks.run` measures; a suite is a function from options to report rows."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+import evo_jax
+from benchmarks import contenders, shapes
+from benchmarks.shapes import EvoShape
+from benchmarks.timing import compare
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """How long to measure: rounds of every case, and the longest sequence."""
+
+    rounds: int = 15
+    longest: int = 1 << 30
+
+
+def cpu(options: Options) -> Iterator[dict[str, Any]]:
+    """Against the original in torch with two threads; then memory, and time against length."""
+    for shape in _within(shapes.CPU_EVO, options):
+        for gradient in (False, True):
+            pair = [contenders.torch_evo(shape, gradient), contenders.jax_evo(shape, gradient, "reference")]
+            yield compare(_name(shape, gradient), pair, contenders.EVO_TOLERANCES[shape.dtype], options.rounds)
+    for shape in _within(shapes.CPU_EVO[-1:], options):
+        pair = [
+            contenders.torch_prefix(shape),
+            contenders.jax_prefix(shape, "evo_jax reference", _prefix_sum("reference")),
+        ]
+        yield compare(f"prefix_sum {shape}", pair, {"out": 1e-5}, options.rounds)
+    for shape in _within(shapes.CPU_EVO, options):
+        yield _memory(shape, "reference")
+    for shape in _within(shapes.CPU_LINEAR, options):
+        for gradient in (False, True):
+            alone = [contenders.jax_evo(shape, gradient, "reference")]
+            row = compare(f"length: {_name(shape, gradient)}", alone, {}, max(options.rounds // 3, 3))
+            yield row | {"ns_per_token": 1e9 * row["median_s"][alone[0].name] / shape.length}
+
+
+def gpu(options: Options) -> Iterator[dict[str, Any]]:
+    """The kernels against XLA's own compilation of the reference and eager torch; prefix sums against a copy."""
+    for shape in _within(shapes.GPU_PREFIX, options):
+        runs = {
+            "copy": lambda x: jnp.negative(x),  # one read, one write: what the memory allows
+            "evo_jax triton": _prefix_sum("triton"),
+            "jax.numpy.cumsum": lambda x: jnp.cumsum(x, axis=2, dtype=jnp.float32).astype(x.dtype),
+        }
+        rows = [contenders.jax_prefix(shape, name, fn) for name, fn in runs.items()]
+        tolerance = {"out": 1e-2 if shape.dtype == "bfloat16" else 1e-5}
+        row = compare(f"prefix_sum {shape}", rows[1:], tolerance, options.rounds)
+        copy = compare("copy", rows[:1], {}, options.rounds)
+        yield row | {"copy_s": copy["median_s"]["copy"]}
+    for shape in _within(shapes.GPU_EVO, options):
+        for gradient in (False, True):
+            rows = [
+                contenders.jax_evo(shape, gradient, "triton"),
+                contenders.jax_evo(shape, gradient, "reference"),
+                contenders.torch_evo(shape, gradient, "cuda"),
+            ]
+            # Eager torch keeps its prefixes in bfloat16: there is nothing to agree with there, so it is not a gate.
+            rows = rows if shape.dtype == "float32" else rows[:2]
+            yield compare(_name(shape, gradient), rows, contenders.EVO_TOLERANCES[shape.dtype], options.rounds)
+
+
+SUITES = {"cpu": cpu, "gpu": gpu}
+
+
+def _prefix_sum(implementation: str) -> Any:
+    return lambda x: evo_jax.prefix_sum(x, axis=2, implementation=implementation)
+
+
+def _memory(shape: EvoShape, implementation: str) -> dict[str, Any]:
+    """XLA's own figure for temporary buffers, forward and with gradients, in bytes."""
+    v, params, cotangent = contenders.evo_arrays(shape)
+
+    def forward(v: Any, params: Any) -> jax.Array:
+        return evo_jax.evo_attention(v, params, implementation=implementation)
+
+    def both(v: Any, params: Any, cotangent: Any) -> Any:
+        out, vjp = jax.vjp(forward, v, params)
+        return out, vjp(cotangent)
+
+    compiled = {
+        "forward": jax.jit(forward).lower(v, params).compile(),
+        "gradient": jax.jit(both).lower(v, params, cotangent).compile(),
+    }
+    sizes = {name: fn.memory_analysis().temp_size_in_bytes for name, fn in compiled.items()}
+    return {"case": f"temporary memory, evo {shape}", "temp_bytes": sizes}
+
+
+def _within(candidates: tuple[EvoShape, ...], options: Options) -> list[EvoShape]:
+    return [shape for shape in candidates if shape.length <= options.longest]
+
+
+def _name(shape: EvoShape, gradient: bool) -> str:
+    return f"evo {'forward+backward' if gradient else 'forward'} {shape}"

@@ -1,0 +1,67 @@
+"""Timing of contenders that must first agree: a correctness gate, then interleaved rounds, medians and ratios."""
+
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+
+@dataclass(frozen=True, slots=True)
+class Contender:
+    """One way to compute a case: `run()` returns when the work is done; `result()` gives numpy arrays to compare."""
+
+    name: str
+    run: Callable[[], Any]
+    result: Callable[[], dict[str, np.ndarray]]
+
+
+class GateError(AssertionError):
+    """Two contenders disagree: there is nothing to time."""
+
+
+def gate(contenders: Sequence[Contender], tolerances: dict[str, float]) -> dict[str, float]:
+    """Largest relative L2 difference of each named array from the first contender's; GateError beyond `tolerances`."""
+    first, *others = (contender.result() for contender in contenders)
+    worst = {name: 0.0 for name in first}
+    for contender, result in zip(contenders[1:], others, strict=True):
+        for name, expected in first.items():
+            wide, actual = np.asarray(expected, np.float64), np.asarray(result[name], np.float64)
+            error = float(np.linalg.norm(actual - wide) / max(np.linalg.norm(wide), 1e-300))
+            if not error <= tolerances[name]:
+                raise GateError(
+                    f"{contender.name}: {name} differs by {error:.1e} in L2, {tolerances[name]:.0e} allowed"
+                )
+            worst[name] = max(worst[name], error)
+    return worst
+
+
+def interleave(contenders: Sequence[Contender], rounds: int, warmup: int = 2) -> dict[str, list[float]]:
+    """Seconds of every call: each round runs each contender once, so that what else the machine does hits all alike."""
+    for contender in contenders:
+        for _ in range(warmup):
+            contender.run()
+    samples: dict[str, list[float]] = {contender.name: [] for contender in contenders}
+    for _ in range(rounds):
+        for contender in contenders:
+            start = time.perf_counter()
+            contender.run()
+            samples[contender.name].append(time.perf_counter() - start)
+    return samples
+
+
+def compare(case: str, contenders: Sequence[Contender], tolerances: dict[str, float], rounds: int) -> dict[str, Any]:
+    """One row of a report: differences that the gate saw, raw samples, medians, and ratios to the first contender."""
+    errors = gate(contenders, tolerances)
+    samples = interleave(contenders, rounds)
+    medians = {name: statistics.median(times) for name, times in samples.items()}
+    reference = medians[contenders[0].name]
+    return {
+        "case": case,
+        "errors": errors,
+        "median_s": medians,
+        "ratio": {name: median / reference for name, median in medians.items()},
+        "samples_s": samples,
+    }
