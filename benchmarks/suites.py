@@ -89,7 +89,8 @@ def _memory(shape: EvoShape, implementation: str) -> dict[str, Any]:
         "forward": jax.jit(forward).lower(v, params).compile(),
         "gradient": jax.jit(both).lower(v, params, cotangent).compile(),
     }
-    sizes = {name: fn.memory_analysis().temp_size_in_bytes for name, fn in compiled.items()}
+    analyses: dict[str, Any] = {name: fn.memory_analysis() for name, fn in compiled.items()}
+    sizes = {name: analysis.temp_size_in_bytes for name, analysis in analyses.items()}
     return {"case": f"temporary memory, evo {shape}", "temp_bytes": sizes}
 
 
