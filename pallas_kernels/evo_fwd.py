@@ -205,7 +205,7 @@ def _norm(inputs: Inputs, tables: Tables, gate: jax.Array, geo: Geometry) -> jax
         in_specs=(inputs.specs(1), Tables(*(plk.per_group(table, 1) for table in tables)), plk.per_group(gate, 1)),
         out_specs=plk.per_group(out, 1),
         out_shape=out,
-        num_warps=8,
+        num_warps=min(2 * geo.launch.num_warps, 16),  # whole rows are held in registers
         num_stages=geo.launch.num_stages,
         interpret=geo.launch.interpret,
         in_place=[(gate, 0)] if gate.dtype == out.dtype else [],
