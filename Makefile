@@ -31,7 +31,7 @@ demo: $(VENV)/.ready-demo
 	$(BIN)/python -m evo_jax demo $(ARGS)
 
 test: $(VENV)/.ready
-	$(BIN)/python -m pytest -n 2 --dist worksteal $(ARGS)
+	$(BIN)/python -m pytest -n 2 --dist worksteal --durations 8 $(ARGS)
 
 lint: $(VENV)/.ready
 	$(BIN)/ruff check

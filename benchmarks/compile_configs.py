@@ -78,6 +78,6 @@ CONFIGS: list[Config] = [
     Config("evo_gradient", _evo(gradient=True), widths=WIDTHS, temp_ratio=1.5),
     Config("evo_gradient_float16", _evo(gradient=True), dtypes=("float16",), widths=(64,), temp_ratio=1.5),
     Config("evo_gradient_one_head", _evo(1, 1, gradient=True), dtypes=("bfloat16",), widths=(64,), temp_ratio=1.5),
-    Config("evo_gradient_full", _evo(gradient=True, causal=False), widths=(64,)),
-    Config("evo_gradient_query_mask", _evo(gradient=True, query=True, mask=True), widths=(80,)),
+    Config("evo_gradient_full", _evo(gradient=True, causal=False), dtypes=("bfloat16",), widths=(64,)),
+    Config("evo_gradient_query_mask", _evo(gradient=True, query=True, mask=True), dtypes=("float32",), widths=(80,)),
 ]

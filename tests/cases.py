@@ -37,6 +37,7 @@ EVO_CASES: tuple[EvoCase, ...] = (
     *(EvoCase(length, 12, causal=False) for length in (0, 1, 65)),
     EvoCase(100, 80, causal=False),
     EvoCase(257, 64),
+    EvoCase(33, 200, batch=1, heads=1),
     EvoCase(65, 16, own_query=True),
     EvoCase(65, 80, own_query=True, mask="interior"),
     EvoCase(65, 16, own_query=True, causal=False, mask="left"),
