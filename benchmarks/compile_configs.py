@@ -76,7 +76,8 @@ CONFIGS: list[Config] = [
     Config("prefix_sum_last_axis", _prefix_sum(lambda width: (width, 65536), 1), widths=(64,), temp_ratio=0.07),
     Config("evo_forward", _evo(gradient=False), widths=WIDTHS, temp_ratio=0.07),
     Config("evo_gradient", _evo(gradient=True), widths=WIDTHS, temp_ratio=1.5),
-    Config("evo_gradient_float16", _evo(gradient=True), dtypes=("float16",), widths=(64,), temp_ratio=1.5),
+    # A gate can pass float16's largest number, so that the forward holds it in float32: twice v's bytes.
+    Config("evo_gradient_float16", _evo(gradient=True), dtypes=("float16",), widths=(64,), temp_ratio=2.2),
     Config("evo_gradient_one_head", _evo(1, 1, gradient=True), dtypes=("bfloat16",), widths=(64,), temp_ratio=1.5),
     Config("evo_gradient_full", _evo(gradient=True, causal=False), dtypes=("bfloat16",), widths=(64,)),
     Config("evo_gradient_query_mask", _evo(gradient=True, query=True, mask=True), dtypes=("float32",), widths=(80,)),

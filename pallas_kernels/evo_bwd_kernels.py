@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from pallas_kernels import _pallas as plk
 from pallas_kernels import evo_tile as t
-from pallas_kernels.evo_fwd import Inputs, Tables, final_gate, gates, local_and_q
+from pallas_kernels.evo_fwd import Inputs, Tables, final_gate, gates, load_v, local_of_v, q_of_query
 from pallas_kernels.evo_tile import Geometry
 
 
@@ -98,17 +98,13 @@ def ratio_kernel(
     z_final_ref, g_ref = extras
     block, local_chunk, chunk, rows = _tile_of(first, inputs, geo)
 
-    def step(k: Any, acc: jax.Array) -> jax.Array:
-        return acc + _back(z_final_ref, inputs.params.final_kernel, rows, block, k, geo)
-
-    (start,) = t.zeros(geo, 1)
-    d_gate = t.over_blocks(step, start, geo)
-    local, q = local_and_q(inputs, rows, block, geo)
-    v = t.load_tile(inputs.v, rows.index, rows.used, block, geo)
+    v = load_v(inputs, rows, block, geo)
     gv = v if g_ref is None else v * t.load_tile(g_ref, rows.local, rows.inside, block, geo)
     gated = t.prefix(tables.gated, chunk, block, gv, geo).astype(jnp.float32)
+    local = local_of_v(inputs, rows, block, geo)
     denominator = jnp.abs(gated) + jnp.abs(local) + t.DEN_EPS
-    ratio = q / denominator
+    ratio = q_of_query(inputs, rows, block, geo) / denominator
+    d_gate = _back(z_final_ref, inputs.params.final_kernel, rows, block, geo)
     s = t.sigmoid(ratio)
     z_q = d_gate * v * s * (1.0 + ratio * (1.0 - s)) / denominator
     z_local = -z_q * ratio * t.sign(local)
@@ -136,7 +132,7 @@ def gated_kernel(
     suffix = t.prefix(carries, chunk, block, t.load_tile(d_gated_ref, rows.local, rows.inside, block, geo), geo)
     suffix = suffix.astype(jnp.float32)
     g = t.load_tile(g_ref, rows.local, rows.inside, block, geo)
-    v = t.load_tile(inputs.v, rows.index, rows.used, block, geo)
+    v = load_v(inputs, rows, block, geo)
     d_v = t.load_tile(d_v_ref, rows.local, rows.inside, block, geo)
     z_gate = suffix * v * g * (1.0 - g)
     t.store_tile(out.z_gate, rows.local, rows.inside, block, z_gate, geo)
@@ -161,17 +157,13 @@ def linear_kernel(
     params = inputs.params
     block, local_chunk, _, rows = _tile_of(first, inputs, geo)
 
-    def step(k: Any, accs: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
-        pairs = ((z_q_ref, params.q_kernel), (z_local_ref, params.local_kernel), (z_gate_ref, params.gate_kernel))
-        return tuple(
-            acc if ref is None else acc + _back(ref, kernel, rows, block, k, geo)
-            for acc, (ref, kernel) in zip(accs, pairs, strict=True)
-        )
-
-    from_q, from_local, from_mean = t.over_blocks(step, t.zeros(geo, 3), geo)
     d_context = t.load_tile(d_context_ref, rows.local, rows.inside, block, geo)
-    d_context = d_context + jnp.where(rows.inside[:, None], from_mean / rows.count[:, None], 0.0)
-    d_v = t.load_tile(d_v_ref, rows.local, rows.inside, block, geo) + from_local
+    if z_gate_ref is not None:
+        from_mean = _back(z_gate_ref, params.gate_kernel, rows, block, geo)
+        d_context = d_context + jnp.where(rows.inside[:, None], from_mean / rows.count[:, None], 0.0)
+    d_v = t.load_tile(d_v_ref, rows.local, rows.inside, block, geo)
+    d_v = d_v + _back(z_local_ref, params.local_kernel, rows, block, geo)
+    from_q = _back(z_q_ref, params.q_kernel, rows, block, geo)
     if out.d_query is None:
         d_v = d_v + from_q
     else:
@@ -181,10 +173,9 @@ def linear_kernel(
     t.store_carry(out.context_sums, local_chunk, block, d_context.astype(geo.accum).sum(0), geo)
 
 
-def _back(z_ref: Any, kernel: Any, rows: t.Rows, block: Any, k: Any, geo: Geometry) -> jax.Array:
-    """One term of z @ kernel^T."""
-    z = t.load_tile(z_ref, rows.local, rows.inside, k, geo)
-    return t.dot(z, t.load_weight(kernel, block, k, geo), geo, (1, 1))
+def _back(z_ref: Any, kernel: Any, rows: t.Rows, block: Any, geo: Geometry) -> jax.Array:
+    """One column block of z @ kernel^T."""
+    return t.linear_transposed(lambda k: t.load_tile(z_ref, rows.local, rows.inside, k, geo), kernel, block, geo)
 
 
 def v_kernel(first: Any, inputs: Inputs, tables: Tables, extras: tuple[Any, ...], out: Any, *, geo: Geometry) -> None:

@@ -96,7 +96,7 @@ def _sums_kernel(inputs: Inputs, _: None, sums_ref: Any, *, geo: Geometry) -> No
     """Pass A: the sum of v over each chunk."""
     block, chunk = plk.program_id(0), plk.program_id(1)
     rows = t.chunk_rows(inputs.rows, chunk, geo)
-    v = t.load_tile(inputs.v, rows.index, rows.used, block, geo)
+    v = load_v(inputs, rows, block, geo)
     t.store_carry(sums_ref, chunk, block, v.astype(geo.accum).sum(0), geo)
 
 
@@ -105,7 +105,7 @@ def _gated_sums_kernel(inputs: Inputs, tables: Tables, sums_ref: Any, *, geo: Ge
     block, chunk = plk.program_id(0), plk.program_id(1)
     rows = t.chunk_rows(inputs.rows, chunk, geo)
 
-    v = t.load_tile(inputs.v, rows.index, rows.used, block, geo)
+    v = load_v(inputs, rows, block, geo)
     gated = gate_of_mean(inputs, tables, rows, chunk, block, geo) * v
     t.store_carry(sums_ref, chunk, block, gated.astype(geo.accum).sum(0), geo)
 
@@ -113,15 +113,29 @@ def _gated_sums_kernel(inputs: Inputs, tables: Tables, sums_ref: Any, *, geo: Ge
 def gate_of_mean(inputs: Inputs, tables: Tables, rows: t.Rows, chunk: Any, block: Any, geo: Geometry) -> jax.Array:
     """One column block of g = sigmoid(m @ W_g + b_g), with m_t = c_t / t the running mean of v."""
 
-    def step(k: Any, acc: jax.Array) -> jax.Array:
-        v = t.load_tile(inputs.v, rows.index, rows.used, k, geo)
-        context = t.prefix(tables.context, chunk, k, v, geo)
-        mean = (context / rows.count.astype(geo.accum)[:, None]).astype(jnp.float32)
-        return acc + t.dot(mean, t.load_weight(inputs.params.gate_kernel, k, block, geo), geo)
+    def mean(k: Any) -> jax.Array:
+        context = t.prefix(tables.context, chunk, k, load_v(inputs, rows, k, geo), geo)
+        return (context / rows.count.astype(geo.accum)[:, None]).astype(jnp.float32)
 
-    (start,) = t.zeros(geo, 1)
-    logits = t.over_blocks(step, start, geo) + t.load_columns(inputs.params.gate_bias, block, geo)[None, :]
-    return t.sigmoid(logits)
+    return t.sigmoid(t.linear(mean, inputs.params.gate_kernel, inputs.params.gate_bias, block, geo))
+
+
+def load_v(inputs: Inputs, rows: t.Rows, block: Any, geo: Geometry) -> jax.Array:
+    """One column block of v, 0 where a token is absent."""
+    return t.load_tile(inputs.v, rows.index, rows.used, block, geo)
+
+
+def local_of_v(inputs: Inputs, rows: t.Rows, block: Any, geo: Geometry) -> jax.Array:
+    """One column block of v @ W_l + b_l."""
+    params = inputs.params
+    return t.linear(lambda k: load_v(inputs, rows, k, geo), params.local_kernel, params.local_bias, block, geo)
+
+
+def q_of_query(inputs: Inputs, rows: t.Rows, block: Any, geo: Geometry) -> jax.Array:
+    """One column block of query @ W_q + b_q."""
+    query, params = inputs.v if inputs.query is None else inputs.query, inputs.params
+    tile_of = lambda k: t.load_tile(query, rows.index, rows.used, k, geo)  # noqa: E731
+    return t.linear(tile_of, params.q_kernel, params.q_bias, block, geo)
 
 
 class Gates(NamedTuple):
@@ -133,29 +147,13 @@ class Gates(NamedTuple):
 
 
 def gates(inputs: Inputs, tables: Tables, rows: t.Rows, chunk: Any, block: Any, geo: Geometry) -> Gates:
-    """g, S, r and gate of one column block."""
+    """g and gate = silu(r) v of one column block, each product in its own loop: together they spill registers."""
     g = gate_of_mean(inputs, tables, rows, chunk, block, geo) if geo.causal else None
-    local, q = local_and_q(inputs, rows, block, geo)
-    v = t.load_tile(inputs.v, rows.index, rows.used, block, geo)
+    v = load_v(inputs, rows, block, geo)
     gated = t.prefix(tables.gated, chunk, block, v if g is None else g * v, geo).astype(jnp.float32)
-    ratio = q / (jnp.abs(gated) + jnp.abs(local) + t.DEN_EPS)
+    denominator = jnp.abs(gated) + jnp.abs(local_of_v(inputs, rows, block, geo)) + t.DEN_EPS
+    ratio = q_of_query(inputs, rows, block, geo) / denominator
     return Gates(v, g, ratio * t.sigmoid(ratio) * v)
-
-
-def local_and_q(inputs: Inputs, rows: t.Rows, block: Any, geo: Geometry) -> tuple[jax.Array, jax.Array]:
-    """One column block of v @ W_l + b_l and of query @ W_q + b_q."""
-    params = inputs.params
-
-    def step(k: Any, accs: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
-        v = t.load_tile(inputs.v, rows.index, rows.used, k, geo)
-        query = v if inputs.query is None else t.load_tile(inputs.query, rows.index, rows.used, k, geo)
-        from_v = t.dot(v, t.load_weight(params.local_kernel, k, block, geo), geo)
-        from_query = t.dot(query, t.load_weight(params.q_kernel, k, block, geo), geo)
-        return accs[0] + from_v, accs[1] + from_query
-
-    local, q = t.over_blocks(step, t.zeros(geo, 2), geo)
-    local_bias, q_bias = (t.load_columns(bias, block, geo)[None, :] for bias in (params.local_bias, params.q_bias))
-    return local + local_bias, q + q_bias
 
 
 def _output_kernel(inputs: Inputs, tables: Tables, out_ref: Any, *, geo: Geometry) -> None:
@@ -222,7 +220,7 @@ def _norm_kernel(inputs: Inputs, tables: Tables, gate_ref: Any, out_ref: Any, *,
     parts = []
     for block in range(geo.blocks):
         final = final_gate(inputs, gate_ref, rows, block, geo)
-        v = t.load_tile(inputs.v, rows.index, rows.used, block, geo)
+        v = load_v(inputs, rows, block, geo)
         context = t.prefix(tables.context, chunk, block, v, geo).astype(jnp.float32)
         _, ok = t.columns(block, geo)
         parts.append((block, ok, jnp.where(rows.live[:, None] & ok[None, :], final * context, 0.0)))
@@ -236,10 +234,6 @@ def _norm_kernel(inputs: Inputs, tables: Tables, gate_ref: Any, out_ref: Any, *,
 def final_gate(inputs: Inputs, gate_ref: Any, rows: t.Rows, block: Any, geo: Geometry) -> jax.Array:
     """One column block of f = sigmoid(gate @ W_f + b_f), from the gates of these rows, counted within the segment."""
 
-    def step(k: Any, acc: jax.Array) -> jax.Array:
-        gate = t.load_tile(gate_ref, rows.local, rows.inside, k, geo)
-        return acc + t.dot(gate, t.load_weight(inputs.params.final_kernel, k, block, geo), geo)
-
-    (start,) = t.zeros(geo, 1)
-    logits = t.over_blocks(step, start, geo) + t.load_columns(inputs.params.final_bias, block, geo)[None, :]
-    return t.sigmoid(logits)
+    params = inputs.params
+    tile_of = lambda k: t.load_tile(gate_ref, rows.local, rows.inside, k, geo)  # noqa: E731
+    return t.sigmoid(t.linear(tile_of, params.final_kernel, params.final_bias, block, geo))

@@ -160,9 +160,27 @@ def sign(x: jax.Array) -> jax.Array:
     return (x > 0).astype(x.dtype) - (x < 0).astype(x.dtype)
 
 
-def zeros(geo: Geometry, n: int) -> tuple[jax.Array, ...]:
-    """`n` float32 (C, w) accumulators."""
-    return tuple(jnp.zeros((geo.chunk, geo.block), jnp.float32) for _ in range(n))
+def zeros(geo: Geometry) -> jax.Array:
+    """A float32 (C, w) accumulator."""
+    return jnp.zeros((geo.chunk, geo.block), jnp.float32)
+
+
+def linear(tile_of: Callable[[Any], jax.Array], kernel: Any, bias: Any, block: Any, geo: Geometry) -> jax.Array:
+    """(C, w) column block of a @ kernel + bias, where `tile_of(k)` is column block k of a."""
+
+    def step(k: Any, acc: jax.Array) -> jax.Array:
+        return acc + dot(tile_of(k), load_weight(kernel, k, block, geo), geo)
+
+    return over_blocks(step, zeros(geo), geo) + load_columns(bias, block, geo)[None, :]
+
+
+def linear_transposed(tile_of: Callable[[Any], jax.Array], kernel: Any, block: Any, geo: Geometry) -> jax.Array:
+    """(C, w) column block of z @ kernel^T, where `tile_of(k)` is column block k of z."""
+
+    def step(k: Any, acc: jax.Array) -> jax.Array:
+        return acc + dot(tile_of(k), load_weight(kernel, block, k, geo), geo, (1, 1))
+
+    return over_blocks(step, zeros(geo), geo)
 
 
 def sigmoid(x: jax.Array) -> jax.Array:
