@@ -9,6 +9,9 @@ from typing import Any
 import numpy as np
 
 
+SETTLE = 0.02  # seconds before a call: thread pools spin for a while after their work, and would slow the next one
+
+
 @dataclass(frozen=True, slots=True)
 class Contender:
     """One way to compute a case: `run()` returns when the work is done; `result()` gives numpy arrays to compare."""
@@ -46,6 +49,7 @@ def interleave(contenders: Sequence[Contender], rounds: int, warmup: int = 2) ->
     samples: dict[str, list[float]] = {contender.name: [] for contender in contenders}
     for _ in range(rounds):
         for contender in contenders:
+            time.sleep(SETTLE)
             start = time.perf_counter()
             contender.run()
             samples[contender.name].append(time.perf_counter() - start)
