@@ -134,11 +134,19 @@ def _gate(mean: Array, p: EvoParams) -> Array:
 
 
 def _output(v, q, c, s, p, live, spec):
-    den = jnp.abs(s) + jnp.abs(_dot(v, p.local_kernel) + p.local_bias) + _DENOMINATOR_EPS
-    gate = jax.nn.silu((_dot(q, p.q_kernel) + p.q_bias) / den) * v
+    local, numerator = _local_and_q(v, q, p)
+    gate = jax.nn.silu(numerator / (jnp.abs(s) + jnp.abs(local) + _DENOMINATOR_EPS)) * v
     y = _where(live, jax.nn.sigmoid(_dot(gate, p.final_kernel) + p.final_bias) * c)
     out = _layer_norm(y) * p.norm_scale + p.norm_bias
     return _where(live, out) if spec.absent else out
+
+
+def _local_and_q(v, q, p):
+    """lin_local(v) and lin_q(q), as one product where q is v."""
+    if q is not v:
+        return _dot(v, p.local_kernel) + p.local_bias, _dot(q, p.q_kernel) + p.q_bias
+    kernel, bias = jnp.concatenate([p.local_kernel, p.q_kernel], axis=1), jnp.concatenate([p.local_bias, p.q_bias])
+    return jnp.split(_dot(v, kernel) + bias, 2, axis=-1)
 
 
 def _layer_norm(y: Array) -> Array:
@@ -147,4 +155,5 @@ def _layer_norm(y: Array) -> Array:
 
 
 def _dot(x: Array, kernel: Array) -> Array:
-    return jnp.matmul(x, kernel, precision=lax.Precision.HIGHEST)
+    flat = jnp.matmul(x.reshape(-1, x.shape[-1]), kernel, precision=lax.Precision.HIGHEST)
+    return flat.reshape(*x.shape[:-1], kernel.shape[1])
