@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 
-
 SETTLE = 0.02  # seconds before a call: thread pools spin for a while after their work, and would slow the next one
 
 
