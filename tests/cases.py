@@ -1,10 +1,13 @@
 """The one table of cases: shapes, masks and dtypes that every implementation is tested on."""
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+
+from reference.linear import LinearState
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,3 +75,107 @@ def evo_inputs(case: EvoCase, seed: int = 0) -> tuple[jax.Array, jax.Array | Non
     keys = jax.random.split(jax.random.key(seed), 3)
     v, query, cotangent = (jax.random.normal(key, shape, jnp.float32).astype(case.dtype) for key in keys)
     return v, query if case.own_query else None, padding_mask(case.mask, case.batch, case.length), cotangent
+
+
+@dataclass(frozen=True, slots=True)
+class LinearCase:
+    """One call of linear attention: `length` L (S of keys where `keys` differs), widths D and V, and what is odd."""
+
+    length: int
+    width: int
+    causal: bool = True
+    feature_map: str = "elu"
+    mask: str | None = None  # as in EvoCase
+    runs: str | None = None  # None: one run | "few", some ending at a multiple of 64 | "many", of 7 tokens
+    state: bool = False  # an initial state is given
+    dtype: str = "float32"
+    value_width: int | None = None  # V, None: D
+    keys: int | None = None  # S, None: L
+    heads: tuple[int, int] = (2, 2)  # (N, K)
+    batch: int = 2
+
+    def __str__(self) -> str:
+        parts = [f"L{self.length}"] + [f"S{self.keys}"] * (self.keys is not None) + [f"D{self.width}"]
+        parts += [f"V{self.value_width}"] * (self.value_width is not None) + [f"N{self.heads[0]}K{self.heads[1]}"]
+        parts += ["causal" if self.causal else "full", self.feature_map, self.dtype]
+        parts += [f"mask_{self.mask}"] * (self.mask is not None) + [f"runs_{self.runs}"] * (self.runs is not None)
+        return "-".join(parts + ["state"] * self.state)
+
+
+LINEAR_CASES: tuple[LinearCase, ...] = (
+    # Every length with a state and every width, then every option on a ragged length.
+    *(LinearCase(length, 16, state=True) for length in LENGTHS),
+    *(LinearCase(100, width) for width in (*WIDTHS, 256)),
+    LinearCase(100, 16, value_width=48, heads=(4, 2), state=True),
+    LinearCase(65, 80, value_width=24, heads=(4, 1), feature_map="softmax"),
+    LinearCase(65, 1, value_width=7, state=True),
+    LinearCase(130, 16, value_width=256, batch=1),
+    *(LinearCase(100, 24, feature_map=name, state=True) for name in ("relu", "softmax", "identity")),
+    *(LinearCase(length, 12, causal=False, state=True) for length in (0, 1, 65)),
+    LinearCase(100, 80, causal=False, heads=(4, 2), feature_map="softmax", mask="interior"),
+    LinearCase(33, 16, keys=70, causal=False, value_width=8, heads=(4, 2), state=True),
+    LinearCase(70, 16, keys=0, causal=False, state=True),
+    *(LinearCase(100, 16, mask=mask, state=True) for mask in ("right", "left", "interior", "sequence")),
+    LinearCase(100, 16, mask="left", causal=False, state=True),
+    LinearCase(200, 16, runs="few", state=True),
+    LinearCase(130, 16, runs="many", mask="interior", heads=(4, 2), state=True, feature_map="softmax"),
+    LinearCase(130, 12, runs="few", causal=False, state=True),
+    LinearCase(100, 12, runs="many", causal=False, mask="interior", heads=(4, 2), state=True),
+    *(LinearCase(100, 64, dtype=dtype, state=True) for dtype in ("bfloat16", "float16")),
+    LinearCase(130, 80, dtype="bfloat16", mask="interior", runs="few", heads=(4, 2)),
+    LinearCase(65, 128, dtype="bfloat16", feature_map="softmax", causal=False),
+)
+
+
+class LinearInputs(NamedTuple):
+    """The arrays of one call, and the cotangents of its output and of the state it returns."""
+
+    query: jax.Array
+    key: jax.Array
+    value: jax.Array
+    state: LinearState | None
+    rows: jax.Array | None
+    d_out: jax.Array
+    d_state: LinearState
+
+
+def run_numbers(kind: str | None, batch: int, length: int) -> np.ndarray:
+    """(batch, length) int32 that goes up by one wherever a run of tokens ends; the runs of sequences differ."""
+    t = np.arange(length)
+    starts = {
+        None: lambda b: np.zeros(length, bool),
+        "few": lambda b: np.isin(t, (5 + b, 6 + b, 64 + 64 * b, 90)),
+        "many": lambda b: (t + b) % 7 == 3,
+    }[kind]
+    return np.stack([1 + np.cumsum(starts(b)) for b in range(batch)]).astype(np.int32)
+
+
+def linear_rows(case: LinearCase) -> jax.Array | None:
+    """The `rows` of reference.linear: run numbers, negative where masked; None where there is nothing to say."""
+    mask = padding_mask(case.mask, case.batch, case.length)
+    if mask is None and case.runs is None:
+        return None
+    runs = run_numbers(case.runs, case.batch, case.length)
+    return jnp.asarray(runs if mask is None else np.where(mask, runs, -runs))
+
+
+def linear_inputs(case: LinearCase, seed: int = 0) -> LinearInputs:
+    """Standard normal values in the case's dtype; positive where a denominator must stay clear of 0."""
+    (batch, length, width), (heads, kv_heads) = (case.batch, case.length, case.width), case.heads
+    value_width = width if case.value_width is None else case.value_width
+    tokens = length if case.keys is None else case.keys
+    shapes = [(batch, length, heads, width), (batch, tokens, kv_heads, width), (batch, tokens, kv_heads, value_width)]
+    states = [(batch, kv_heads, width, value_width), (batch, kv_heads, width)]
+    draws = [
+        jax.random.normal(key, shape, jnp.float32)
+        for key, shape in zip(
+            jax.random.split(jax.random.key(seed), 8),
+            [*shapes, *states, (batch, length, heads, value_width), *states],
+            strict=True,
+        )
+    ]
+    query, key, value, d_out = (draws[i].astype(case.dtype) for i in (0, 1, 2, 5))
+    if case.feature_map == "identity":
+        query, key = jnp.abs(query), jnp.abs(key)
+    state = LinearState(draws[3], 0.5 + jnp.abs(draws[4])) if case.state else None
+    return LinearInputs(query, key, value, state, linear_rows(case), d_out, LinearState(draws[6], draws[7]))

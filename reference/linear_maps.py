@@ -1,0 +1,42 @@
+"""What every form of linear attention shares: its statics, its state, and the feature maps phi."""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+
+class LinearState(NamedTuple):
+    """The sums over a run of tokens, per key/value head: kv (B, K, D, V) of phi(k) v^T, and z (B, K, D) of phi(k)."""
+
+    kv: Array
+    z: Array
+
+
+@dataclass(frozen=True, slots=True)
+class LinearSpec:
+    """What is computed: `feature_map` names one of FEATURE_MAPS, `eps` is added to the denominator."""
+
+    feature_map: str = "elu"
+    causal: bool = True
+    eps: float = 1e-6
+
+
+def elu_plus_one(x: Array) -> Array:
+    """elu(x) + 1 as exp(x) below 0, which keeps its relative accuracy where expm1(x) + 1 cancels."""
+    return jnp.where(x > 0, x + 1, jnp.exp(jnp.where(x > 0, jnp.zeros_like(x), x)))
+
+
+def softmax(x: Array) -> Array:
+    """Softmax over the last axis."""
+    return jax.nn.softmax(x, axis=-1)
+
+
+def identity(x: Array) -> Array:
+    """For callers who have applied a feature map of their own."""
+    return x
+
+
+FEATURE_MAPS = {"elu": elu_plus_one, "relu": jax.nn.relu, "softmax": softmax, "identity": identity}
