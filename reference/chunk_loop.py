@@ -13,11 +13,16 @@ Tree = Any
 
 
 class Step(NamedTuple):
-    """`function(static, consts, carry, xs, aux, start) -> (carry, out)` on chunks of `size` tokens along axis 2."""
+    """`function(static, consts, carry, xs, aux, start) -> (carry, out)` on chunks of `size` tokens along axis 2.
+
+    `backward` takes the same and the cotangents of (carry, out), and gives those of (consts, carry, xs); where it is
+    None, JAX differentiates `function`.
+    """
 
     function: Callable[..., tuple[Tree, Array]]
     static: Any
     size: int
+    backward: Callable[..., tuple[Tree, Tree, Tree]] | None = None
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -62,8 +67,11 @@ def _backward(step, residuals, cotangents):
         def run(consts, carry, xs):
             return step.function(step.static, consts, carry, xs, aux_chunk, start)
 
-        _, vjp = jax.vjp(run, consts, carry, _slice(xs, start, size))
-        return vjp((d_carry, _slice(d_out, start, size)))
+        xs_chunk, d_chunk = _slice(xs, start, size), _slice(d_out, start, size)
+        if step.backward is not None:
+            return step.backward(step.static, consts, carry, xs_chunk, aux_chunk, start, d_carry, d_chunk)
+        _, vjp = jax.vjp(run, consts, carry, xs_chunk)
+        return vjp((d_carry, d_chunk))
 
     d_consts = jax.tree.map(jnp.zeros_like, consts)
     d_xs = jax.tree.map(jnp.zeros_like, xs)
@@ -72,7 +80,9 @@ def _backward(step, residuals, cotangents):
         d_consts, d_carry, d_xs = state
         chunk_consts, d_carry, chunk_xs = pull(start, size, carry, d_carry)
         d_consts = jax.tree.map(jnp.add, d_consts, chunk_consts)
-        d_xs = jax.tree.map(lambda d, c: lax.dynamic_update_slice_in_dim(d, c, start, AXIS), d_xs, chunk_xs)
+        d_xs = jax.tree.map(
+            lambda d, c: lax.dynamic_update_slice_in_dim(d, c.astype(d.dtype), start, AXIS), d_xs, chunk_xs
+        )
         return d_consts, d_carry, d_xs
 
     def body(k, state):

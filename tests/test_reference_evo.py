@@ -9,6 +9,7 @@ import pytest
 from cases import EVO_CASES, evo_inputs, padding_mask
 from checks import TOLERANCE, assert_close, evo_params, signed_rows
 
+from reference import evo
 from reference.chunk_loop import Step, chunk_loop
 from reference.evo import EvoParams, EvoSpec, chunk_length, evo_chunked, evo_dense
 
@@ -186,7 +187,8 @@ def both(shape, options, accum_dtype="float64", dtype="float64"):
     [*((n, OPTIONS[1]) for n in (255, 256, 257, 512, 600)), (600, OPTIONS[0]), (600, OPTIONS[5])],
     ids=str,
 )
-def test_lengths_around_the_chunk(length, options, x64):
+def test_lengths_around_the_chunk(length, options, x64, monkeypatch):
+    monkeypatch.setattr(evo, "_WHOLE_VALUES", -1)
     shape = (2, 1, length, 4)
     assert chunk_length(shape) == 256
     for actual, expected in zip(*both(shape, options), strict=True):
@@ -201,8 +203,13 @@ def test_many_heads_have_shorter_chunks(options, x64):
         assert_close("array", actual, expected, 1e-9)
 
 
-@pytest.mark.parametrize("shape", [(1, 1, 10, 1), (1, 8, 10, 64), (8, 64, 10, 128), (1, 0, 10, 3), (3, 5, 10, 7)])
-def test_chunks_are_powers_of_two_that_fit(shape):
+@pytest.mark.parametrize(
+    "shape", [(1, 1, 10, 1), (1, 8, 10, 64), (8, 64, 10, 128), (8, 64, 4, 128), (1, 0, 10, 3), (3, 5, 10, 7)]
+)
+def test_a_small_v_is_one_chunk_and_others_are_powers_of_two_that_fit(shape, monkeypatch):
+    if np.prod(shape) <= 2**18:
+        assert chunk_length(shape) == shape[2]
+    monkeypatch.setattr(evo, "_WHOLE_VALUES", -1)
     length = chunk_length(shape)
     assert length in (64, 128, 256)
     assert length == 64 or length * shape[0] * shape[1] * shape[3] <= 2**17
@@ -307,12 +314,12 @@ def test_memory_at_8192_tokens_is_at_most_20_mb():
 
 
 def test_residuals_besides_the_inputs_are_two_carries_a_chunk():
-    v, params = jax.ShapeDtypeStruct((1, 2, 2600, 16), jnp.bfloat16), evo_params(16, "bfloat16")
+    v, params = jax.ShapeDtypeStruct((1, 8, 2600, 16), jnp.bfloat16), evo_params(16, "bfloat16")
     call = call_of("chunked", None, True, "padding")
     saved = jax.tree.leaves(jax.eval_shape(lambda v, p: jax.vjp(lambda v: call(v, None, p), v)[1], v, params))
     extra = sum(a.size * a.dtype.itemsize for a in saved if a.shape != v.shape)
     weights = sum(a.size for a in params) * 4
-    assert extra - weights <= 2 * (2600 // 256 + 1) * 2 * 16 * 4 + 64
+    assert extra - weights <= 2 * (2600 // 256 + 1) * 8 * 16 * 4 + 64
 
 
 # ---- chunk_loop
