@@ -1,5 +1,6 @@
 """Timing of contenders that must first agree: a correctness gate, then interleaved rounds, medians and ratios."""
 
+import math
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -8,7 +9,8 @@ from typing import Any
 
 import numpy as np
 
-SETTLE = 0.02  # seconds before a call: thread pools spin for a while after their work, and would slow the next one
+SETTLE = 0.02  # seconds before a sample: thread pools spin for a while after their work, and would slow the next one
+SAMPLE = 0.05  # seconds that a sample lasts at least: short calls follow each other, as in a training loop
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,18 +43,27 @@ def gate(contenders: Sequence[Contender], tolerances: dict[str, float]) -> dict[
 
 
 def interleave(contenders: Sequence[Contender], rounds: int, warmup: int = 2) -> dict[str, list[float]]:
-    """Seconds of every call: each round runs each contender once, so that what else the machine does hits all alike."""
+    """Seconds per call, one sample per round: rounds take turns, so that what else the machine does hits all alike.
+
+    All contenders make the same number of calls in a sample, enough for the fastest to fill SAMPLE.
+    """
     for contender in contenders:
         for _ in range(warmup):
             contender.run()
+    calls = max(1, math.ceil(SAMPLE / min(_seconds(contender, 1) for contender in contenders)))
     samples: dict[str, list[float]] = {contender.name: [] for contender in contenders}
     for _ in range(rounds):
         for contender in contenders:
             time.sleep(SETTLE)
-            start = time.perf_counter()
-            contender.run()
-            samples[contender.name].append(time.perf_counter() - start)
+            samples[contender.name].append(_seconds(contender, calls))
     return samples
+
+
+def _seconds(contender: Contender, calls: int) -> float:
+    start = time.perf_counter()
+    for _ in range(calls):
+        contender.run()
+    return (time.perf_counter() - start) / calls
 
 
 def compare(case: str, contenders: Sequence[Contender], tolerances: dict[str, float], rounds: int) -> dict[str, Any]:

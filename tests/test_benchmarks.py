@@ -1,10 +1,12 @@
 """The benchmark harness: a wrong contender is never timed, rounds interleave, reports say where they were made."""
 
 import json
+import time
 
 import numpy as np
 import pytest
 
+from benchmarks import timing
 from benchmarks.run import main
 from benchmarks.timing import Contender, GateError, compare, gate, interleave
 
@@ -30,11 +32,20 @@ def test_the_gate_reports_the_largest_difference():
     assert gate(pair, {"out": 1e-2})["out"] == pytest.approx(1e-3)
 
 
-def test_rounds_interleave():
+def test_rounds_interleave(monkeypatch):
+    monkeypatch.setattr(timing, "SAMPLE", 0)
     calls = []
     samples = interleave([_contender("a", 1, calls), _contender("b", 1, calls)], rounds=3, warmup=1)
-    assert calls == ["a", "b", "a", "b", "a", "b", "a", "b"]
+    assert calls == ["a", "b"] * 5  # the warm-up, one look at the duration, three rounds
     assert {name: len(times) for name, times in samples.items()} == {"a": 3, "b": 3}
+
+
+def test_a_sample_is_many_short_calls_and_counts_one(monkeypatch):
+    monkeypatch.setattr(timing, "SAMPLE", 0.01)
+    calls = []
+    nap = Contender("nap", lambda: (calls.append(1), time.sleep(0.001)), dict)
+    seconds = interleave([nap], rounds=2, warmup=0)["nap"]
+    assert 4 <= len(calls) <= 21 and all(0.001 <= s < 0.01 for s in seconds)
 
 
 def test_cpu_suite_writes_a_report(tmp_path, capsys):
