@@ -8,12 +8,11 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-AXIS = 2  # every array in `xs` and `aux` is (B, H, L, ...)
 Tree = Any
 
 
 class Step(NamedTuple):
-    """`function(static, consts, carry, xs, aux, start) -> (carry, out)` on chunks of `size` tokens along axis 2.
+    """`function(static, consts, carry, xs, aux, start) -> (carry, out)` on chunks of `size` tokens along `axis`.
 
     `backward` takes the same and the cotangents of (carry, out), and gives those of (consts, carry, xs); where it is
     None, JAX differentiates `function`.
@@ -23,51 +22,54 @@ class Step(NamedTuple):
     static: Any
     size: int
     backward: Callable[..., tuple[Tree, Tree, Tree]] | None = None
+    axis: int = 2  # of every array of `xs` and `aux` and of the output: (B, H, L, ...)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def chunk_loop(step: Step, consts: Tree, carry: Tree, xs: Tree, aux: Tree) -> Any:
-    """The last carry and the outputs, (B, H, L, ...). `aux` gets no gradient."""
+    """The last carry and the outputs of all chunks. `aux` gets no gradient."""
     return _forward(step, consts, carry, xs, aux)[0]
 
 
 def _forward(step, consts, carry, xs, aux):
-    length = jax.tree.leaves(xs)[0].shape[AXIS]
+    length = jax.tree.leaves(xs)[0].shape[step.axis]
     full, rest = divmod(length, step.size)
 
     def run(start, size, carry):
-        return step.function(step.static, consts, carry, _slice(xs, start, size), _slice(aux, start, size), start)
+        return step.function(
+            step.static, consts, carry, _slice(xs, start, size, step.axis), _slice(aux, start, size, step.axis), start
+        )
 
     out_like = jax.eval_shape(lambda carry: run(0, step.size if full else rest, carry), carry)[1]
-    out = jnp.zeros((*out_like.shape[:AXIS], length, *out_like.shape[AXIS + 1 :]), out_like.dtype)
+    out = jnp.zeros((*out_like.shape[: step.axis], length, *out_like.shape[step.axis + 1 :]), out_like.dtype)
     starts = jax.tree.map(lambda c: jnp.zeros((full, *c.shape), c.dtype), carry)
 
     def body(i, state):
         carry, starts, out = state
         starts = jax.tree.map(lambda s, c: lax.dynamic_update_index_in_dim(s, c, i, 0), starts, carry)
         carry, chunk = run(i * step.size, step.size, carry)
-        return carry, starts, lax.dynamic_update_slice_in_dim(out, chunk, i * step.size, AXIS)
+        return carry, starts, lax.dynamic_update_slice_in_dim(out, chunk, i * step.size, step.axis)
 
     last, starts, out = _repeat(full, body, (carry, starts, out))
     end = last
     if rest:
         end, chunk = run(full * step.size, rest, last)
-        out = lax.dynamic_update_slice_in_dim(out, chunk, full * step.size, AXIS)
+        out = lax.dynamic_update_slice_in_dim(out, chunk, full * step.size, step.axis)
     return (end, out), (consts, starts, last, xs, aux)
 
 
 def _backward(step, residuals, cotangents):
     consts, starts, last, xs, aux = residuals
     d_carry, d_out = cotangents
-    full, rest = divmod(d_out.shape[AXIS], step.size)
+    full, rest = divmod(d_out.shape[step.axis], step.size)
 
     def pull(start, size, carry, d_carry):
-        aux_chunk = _slice(aux, start, size)
+        aux_chunk = _slice(aux, start, size, step.axis)
 
         def run(consts, carry, xs):
             return step.function(step.static, consts, carry, xs, aux_chunk, start)
 
-        xs_chunk, d_chunk = _slice(xs, start, size), _slice(d_out, start, size)
+        xs_chunk, d_chunk = _slice(xs, start, size, step.axis), _slice(d_out, start, size, step.axis)
         if step.backward is not None:
             return step.backward(step.static, consts, carry, xs_chunk, aux_chunk, start, d_carry, d_chunk)
         _, vjp = jax.vjp(run, consts, carry, xs_chunk)
@@ -81,7 +83,7 @@ def _backward(step, residuals, cotangents):
         chunk_consts, d_carry, chunk_xs = pull(start, size, carry, d_carry)
         d_consts = jax.tree.map(jnp.add, d_consts, chunk_consts)
         d_xs = jax.tree.map(
-            lambda d, c: lax.dynamic_update_slice_in_dim(d, c.astype(d.dtype), start, AXIS), d_xs, chunk_xs
+            lambda d, c: lax.dynamic_update_slice_in_dim(d, c.astype(d.dtype), start, step.axis), d_xs, chunk_xs
         )
         return d_consts, d_carry, d_xs
 
@@ -100,8 +102,8 @@ def _repeat(count, body, state):
     return lax.fori_loop(0, count, body, state) if count > 1 else body(0, state) if count else state
 
 
-def _slice(tree, start, size):
-    return jax.tree.map(lambda x: lax.dynamic_slice_in_dim(x, start, size, AXIS), tree)
+def _slice(tree, start, size, axis):
+    return jax.tree.map(lambda x: lax.dynamic_slice_in_dim(x, start, size, axis), tree)
 
 
 chunk_loop.defvjp(_forward, _backward)

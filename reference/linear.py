@@ -9,15 +9,19 @@ last token's. A masked token does not exist: its output and its gradients are 0,
 """
 
 from functools import partial
+from typing import Any
 
 import jax.numpy as jnp
 from jax import Array, lax
 
+from reference.chunk_loop import Step, chunk_loop
+from reference.linear_chunk import causal_backward, causal_step, read_step, sums_step, sweep_step, with_previous
 from reference.linear_maps import FEATURE_MAPS as FEATURE_MAPS
 from reference.linear_maps import LinearSpec as LinearSpec
 from reference.linear_maps import LinearState as LinearState
 
 _einsum = partial(jnp.einsum, precision=lax.Precision.HIGHEST)
+_loop: Any = chunk_loop
 
 
 def linear_dense(
@@ -49,6 +53,55 @@ def linear_dense(
     whole = (run[:, 0] == run[:, -1]).astype(dtype)[:, None, None]
     kv = whole[..., None] * kv + _einsum("bskd,bskv->bkdv", k * kept, v)
     return out, LinearState(kv, whole * z + (k * kept).sum(1))
+
+
+def linear_chunked(
+    query: Array, key: Array, value: Array, state: LinearState | None, rows: Array | None, spec: LinearSpec
+) -> tuple[Array, LinearState]:
+    """The same as linear_dense in O(T + S) time; the backward recomputes each chunk from the state before it."""
+    dtype = state_dtype(key, value)
+    state = initial_state(key, value) if state is None else LinearState(state.kv.astype(dtype), state.z.astype(dtype))
+    if not spec.causal and rows is None:
+        return _one_run(query, key, value, state, spec)
+    if not query.shape[1]:
+        return _empty(query, value), state
+    xs, aux, size = (query, key, value), with_previous(rows), chunk_length(key, value)
+    if spec.causal:
+        end, out = _loop(Step(causal_step, spec, size, causal_backward, axis=1), (), state, xs, aux)
+        return out, end
+    return _both_ways(xs, aux, state, spec, size)
+
+
+def chunk_length(key: Array, value: Array) -> int:
+    """Tokens per chunk."""
+    return 64
+
+
+def _one_run(query: Array, key: Array, value: Array, state: LinearState, spec: LinearSpec) -> tuple[Array, LinearState]:
+    """Not causal: every query sees every key."""
+    size = chunk_length(key, value)
+    if key.shape[1]:
+        state, _ = _loop(Step(sums_step, spec, size, axis=1), (), state, (key, value), None)
+    if not query.shape[1]:
+        return _empty(query, value), state
+    return _loop(Step(read_step, spec, size, axis=1), state, (), (query,), None)[1], state
+
+
+def _both_ways(xs: Any, aux: Any, state: LinearState, spec: LinearSpec, size: int) -> tuple[Array, LinearState]:
+    """Not causal, with rows: what each token sees up to itself, and by a second sweep from the end, after itself."""
+    query, key, value = xs
+    rows = aux[0]
+    state, before = _loop(Step(sweep_step, (spec, True), size, axis=1), (), state, xs, aux)
+    reverse = [jnp.flip(x, 1) for x in (*xs, rows)]
+    none, step = initial_state(key, value), Step(sweep_step, (spec, False), size, axis=1)
+    after = _loop(step, (), none, tuple(reverse[:3]), with_previous(reverse[3]))[1]
+    sums = before + jnp.flip(after, 1)
+    out = sums[..., :-1] / (sums[..., -1:] + spec.eps)
+    return _where(rows > 0, out).astype(query.dtype), state
+
+
+def _empty(query: Array, value: Array) -> Array:
+    return jnp.zeros((*query.shape[:3], value.shape[3]), query.dtype)
 
 
 def state_dtype(key: Array, value: Array) -> jnp.dtype:

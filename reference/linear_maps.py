@@ -40,3 +40,16 @@ def identity(x: Array) -> Array:
 
 
 FEATURE_MAPS = {"elu": elu_plus_one, "relu": jax.nn.relu, "softmax": softmax, "identity": identity}
+
+
+def _pull_softmax(y: Array, d_y: Array, axis: int) -> Array:
+    return y * (d_y - jnp.sum(y * d_y, axis=axis, keepdims=True))
+
+
+# The chain rule through each map from its value y alone: (y, d_y, the axis of the head's width) -> d_x.
+FEATURE_PULLS = {
+    "elu": lambda y, d_y, axis: d_y * jnp.minimum(y, 1),
+    "relu": lambda y, d_y, axis: jnp.where(y > 0, d_y, 0),
+    "softmax": _pull_softmax,
+    "identity": lambda y, d_y, axis: d_y,
+}
