@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 
 import evo_jax
 from benchmarks.shapes import EvoShape
@@ -102,6 +103,71 @@ def torch_prefix(shape: EvoShape) -> Contender:
     x = _torch_tensor(evo_arrays(shape)[0], dtype=None, device="cpu")
     run = peers.two_threads(lambda: peers.torch_prefix_sum(x))
     return Contender("torch", run, lambda: {"out": peers.torch_prefix_sum(x).numpy()})
+
+
+LINEAR_TOLERANCES = {"out": 1e-4, "x": 1e-4, **dict.fromkeys(("q_proj", "k_proj", "v_proj", "o_proj"), 1e-4)}
+
+
+def linear_layer(shape: EvoShape) -> tuple[evo_jax.LinearAttention, jax.Array, jax.Array]:
+    """A causal layer of H heads of width D, hidden states (B, L, H D) and a cotangent."""
+    width = shape.heads * shape.width
+    layer = evo_jax.LinearAttention(width, shape.heads, rngs=nnx.Rngs(0))
+    keys = jax.random.split(jax.random.key(1), 2)
+    x, cotangent = (jax.random.normal(key, (shape.batch, shape.length, width)) for key in keys)
+    return layer, x, cotangent
+
+
+def jax_linear_call(shape: EvoShape, gradient: bool, implementation: str | None) -> tuple[Any, tuple[Any, ...]]:
+    """(function, arguments) of the whole layer: {name: array} of the output, or of it and every gradient."""
+    layer, x, cotangent = linear_layer(shape)
+    graph, state = nnx.split(layer)
+
+    def forward(state: Any, x: jax.Array) -> jax.Array:
+        return nnx.merge(graph, state)(x, implementation=implementation)[0]
+
+    def both(state: Any, x: jax.Array, cotangent: jax.Array) -> dict[str, jax.Array]:
+        if not gradient:
+            return {"out": forward(state, x)}
+        out, vjp = jax.vjp(forward, state, x)
+        d_state, d_x = vjp(cotangent)
+        return {"out": out, "x": d_x, **{name: a["kernel"] for name, a in nnx.to_pure_dict(d_state).items()}}
+
+    return jax.jit(both), (state, x, cotangent)
+
+
+def jax_linear(shape: EvoShape, gradient: bool, implementation: str | None) -> Contender:
+    """The whole LinearAttention layer, jitted."""
+    fn, args = jax_linear_call(shape, gradient, implementation)
+    run = partial(_wait, fn, *args)
+    return Contender(f"evo_jax {implementation or 'auto'}", run, lambda: {k: np.asarray(a) for k, a in run().items()})
+
+
+def torch_linear(shape: EvoShape, gradient: bool) -> Contender:
+    """The original's layer in eager torch, two threads."""
+    import torch
+
+    from benchmarks import peers
+
+    layer, x, cotangent = linear_layer(shape)
+    values, weight = (_torch_tensor(a, dtype=None, device="cpu") for a in (x, cotangent))
+    weights = {
+        name: torch.from_numpy(np.array(getattr(layer, name).kernel[...]).T.copy()).requires_grad_()
+        for name in ("q_proj", "k_proj", "v_proj", "o_proj")
+    }
+
+    def compute() -> dict[str, Any]:
+        if not gradient:
+            with torch.no_grad():
+                return {"out": peers.torch_linear_layer(values, weights, shape.heads)}
+        leaf = values.detach().requires_grad_()
+        out = peers.torch_linear_layer(leaf, weights, shape.heads)
+        grads = torch.autograd.grad(out, [leaf, *weights.values()], weight)
+        return {"out": out, **dict(zip(("x", *weights), grads, strict=True))}
+
+    def result() -> dict[str, np.ndarray]:
+        return {k: (a.T if k in weights else a).detach().numpy() for k, a in compute().items()}
+
+    return Contender("torch", peers.two_threads(compute), result)
 
 
 def _torch_tensor(array: jax.Array, dtype: Any, device: str) -> Any:

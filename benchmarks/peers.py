@@ -54,6 +54,27 @@ def torch_evo_gradients(
     return grads[0], dict(zip(names, grads[1:], strict=True))
 
 
+def torch_linear_layer(x: torch.Tensor, weights: Weights, heads: int) -> torch.Tensor:
+    """The causal linear-attention layer with elu + 1, (B, L, E) -> (B, L, E), one token after the other."""
+
+    def split(name: str) -> torch.Tensor:
+        y = functional.linear(x, weights[name])
+        return y.view(*x.shape[:2], heads, -1).transpose(1, 2)
+
+    query, key, value = functional.elu(split("q_proj")) + 1, functional.elu(split("k_proj")) + 1, split("v_proj")
+    kv = torch.zeros(*query.shape[:2], query.shape[3], value.shape[3], dtype=x.dtype, device=x.device)
+    z = torch.zeros_like(query[:, :, 0])
+    outs = []
+    for t in range(x.shape[1]):
+        k, q = key[:, :, t], query[:, :, t]
+        kv = kv + k.unsqueeze(-1) * value[:, :, t].unsqueeze(-2)
+        z = z + k
+        numerator = torch.matmul(q.unsqueeze(-2), kv).squeeze(-2)
+        outs.append(numerator / ((q * z).sum(-1, keepdim=True) + 1e-6))
+    out = torch.stack(outs, dim=2).transpose(1, 2).reshape(x.shape)
+    return functional.linear(out, weights["o_proj"])
+
+
 def two_threads(function: Callable[[], object]) -> Callable[[], object]:
     """The function with torch held to two threads."""
 

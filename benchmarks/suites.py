@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 import evo_jax
-from benchmarks import contenders, shapes
+from benchmarks import contenders, peak, shapes
 from benchmarks.shapes import EvoShape
 from benchmarks.timing import compare
 
@@ -26,7 +26,7 @@ def cpu(options: Options) -> Iterator[dict[str, Any]]:
     for shape in _within(shapes.CPU_EVO, options):
         for gradient in (False, True):
             pair = [contenders.torch_evo(shape, gradient), contenders.jax_evo(shape, gradient, "reference")]
-            yield compare(_name(shape, gradient), pair, contenders.EVO_TOLERANCES[shape.dtype], options.rounds)
+            yield compare(_name("evo", shape, gradient), pair, contenders.EVO_TOLERANCES[shape.dtype], options.rounds)
     for shape in _within(shapes.CPU_EVO[-1:], options):
         pair = [
             contenders.torch_prefix(shape),
@@ -35,11 +35,26 @@ def cpu(options: Options) -> Iterator[dict[str, Any]]:
         yield compare(f"prefix_sum {shape}", pair, {"out": 1e-5}, options.rounds)
     for shape in _within(shapes.CPU_EVO, options):
         yield _memory(shape, "reference")
+    yield from _cpu_linear(options)
+    for shape in _within(shapes.CPU_LENGTHS, options):
+        for op, contender in (("evo", contenders.jax_evo), ("linear layer", contenders.jax_linear)):
+            for gradient in (False, True):
+                alone = [contender(shape, gradient, "reference")]
+                row = compare(f"length: {_name(op, shape, gradient)}", alone, {}, max(options.rounds // 3, 3))
+                yield row | {"ns_per_token": 1e9 * row["median_s"][alone[0].name] / shape.length}
+
+
+def _cpu_linear(options: Options) -> Iterator[dict[str, Any]]:
+    """The linear layer against the original's loop over tokens, which takes seconds: few calls of it."""
     for shape in _within(shapes.CPU_LINEAR, options):
         for gradient in (False, True):
-            alone = [contenders.jax_evo(shape, gradient, "reference")]
-            row = compare(f"length: {_name(shape, gradient)}", alone, {}, max(options.rounds // 3, 3))
-            yield row | {"ns_per_token": 1e9 * row["median_s"][alone[0].name] / shape.length}
+            pair = [contenders.torch_linear(shape, gradient), contenders.jax_linear(shape, gradient, "reference")]
+            slow = shape.length >= 8192 and gradient
+            rounds, warmup = (1, 0) if slow else (max(options.rounds // 3, 1), 1)
+            yield compare(_name("linear layer", shape, gradient), pair, contenders.LINEAR_TOLERANCES, rounds, warmup)
+    for shape in _within(shapes.CPU_LINEAR, options):
+        growth = {name: peak.growth(name, shape) for name in peak.CALLS}
+        yield {"case": f"peak memory growth, linear layer forward+backward {shape}", "temp_bytes": growth}
 
 
 def gpu(options: Options) -> Iterator[dict[str, Any]]:
@@ -64,7 +79,7 @@ def gpu(options: Options) -> Iterator[dict[str, Any]]:
             ]
             # Eager torch keeps its prefixes in bfloat16: there is nothing to agree with there, so it is not a gate.
             rows = rows if shape.dtype == "float32" else rows[:2]
-            yield compare(_name(shape, gradient), rows, contenders.EVO_TOLERANCES[shape.dtype], options.rounds)
+            yield compare(_name("evo", shape, gradient), rows, contenders.EVO_TOLERANCES[shape.dtype], options.rounds)
 
 
 SUITES = {"cpu": cpu, "gpu": gpu}
@@ -98,5 +113,5 @@ def _within(candidates: tuple[EvoShape, ...], options: Options) -> list[EvoShape
     return [shape for shape in candidates if shape.length <= options.longest]
 
 
-def _name(shape: EvoShape, gradient: bool) -> str:
-    return f"evo {'forward+backward' if gradient else 'forward'} {shape}"
+def _name(op: str, shape: EvoShape, gradient: bool) -> str:
+    return f"{op} {'forward+backward' if gradient else 'forward'} {shape}"

@@ -66,10 +66,12 @@ def _seconds(contender: Contender, calls: int) -> float:
     return (time.perf_counter() - start) / calls
 
 
-def compare(case: str, contenders: Sequence[Contender], tolerances: dict[str, float], rounds: int) -> dict[str, Any]:
+def compare(
+    case: str, contenders: Sequence[Contender], tolerances: dict[str, float], rounds: int, warmup: int = 2
+) -> dict[str, Any]:
     """One row of a report: differences that the gate saw, raw samples, medians, and ratios to the first contender."""
     errors = gate(contenders, tolerances)
-    samples = interleave(contenders, rounds)
+    samples = interleave(contenders, rounds, warmup)
     medians = {name: statistics.median(times) for name, times in samples.items()}
     reference = medians[contenders[0].name]
     return {
