@@ -72,7 +72,7 @@ def linear_chunked(
     return _both_ways(xs, aux, state, spec, size)
 
 
-def chunk_length(key: Array, value: Array) -> int:
+def chunk_length(key: Any, value: Any) -> int:
     """Tokens per chunk."""
     return 64
 

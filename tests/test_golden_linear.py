@@ -1,0 +1,102 @@
+"""Linear attention's dense oracle and chunked form against the original's recorded layer (shared/golden)."""
+
+import json
+from functools import cache, partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import GOLDEN_DIR
+
+from reference.linear import LinearSpec, LinearState, linear_chunked, linear_dense
+
+FORMS = {"dense": linear_dense, "chunked": linear_chunked}
+# Each case is one compilation of one tiny call: LLVM's optimiser would take two thirds of the time of these tests.
+QUICK_COMPILE = {"xla_backend_optimization_level": 0}
+
+
+@cache
+def linear_records() -> dict[str, dict]:
+    index = GOLDEN_DIR / "index.json"
+    cases = json.loads(index.read_text())["cases"] if index.is_file() else []
+    return {case["id"]: case for case in cases if case["op"] == "linear"}
+
+
+def load(name: str) -> tuple[dict, dict[str, np.ndarray]]:
+    if not GOLDEN_DIR.is_dir():
+        pytest.skip("the original's recorded cases are not beside this checkout (shared/golden)")
+    record = linear_records()[name]
+    with np.load(GOLDEN_DIR / record["file"]) as arrays:
+        return record, dict(arrays)
+
+
+def attend(form: str, record: dict, q, k, v, state) -> tuple[jax.Array, LinearState]:
+    """All tokens at once, or a prefill and then one by one."""
+    spec, length = LinearSpec(record["constructor"]["feature_map"]), q.shape[1]
+    prefill = record["call"].get("decode_prefill", length)
+    outs = []
+    for part in (slice(0, prefill), *(slice(t, t + 1) for t in range(prefill, length))):
+        out, state = FORMS[form](q[:, part], k[:, part], v[:, part], state, None, spec)
+        outs.append(out)
+    return jnp.concatenate(outs, 1), state
+
+
+def actual(form: str, name: str, dtype: str) -> dict[str, np.ndarray]:
+    """Output, new state and gradients under the record's own names; the layer's projections in numpy."""
+    record, z = load(name)
+    x, ct, w = z["x"].astype(dtype), z["ct"].astype(dtype), {p: z[f"w.{p}_proj.weight"].astype(dtype) for p in "qkvo"}
+    heads = (*x.shape[:2], record["constructor"]["num_heads"], -1)
+    state = None
+    if "state_kv" in z:
+        state = LinearState(*(jnp.asarray(a, dtype) for a in (z["state_kv"], z["state_k"][:, :, 0])))
+
+    @partial(jax.jit, compiler_options=QUICK_COMPILE)
+    def run(arrays, cotangent):
+        out, vjp, state = jax.vjp(partial(attend, form, record), *arrays, has_aux=True)
+        return out, state, vjp(cotangent)
+
+    q, k, v = ((x @ w[p].T).reshape(heads) for p in "qkv")
+    out, new, (*grads, d_state) = run((q, k, v, state), (ct @ w["o"]).reshape(heads))
+    assert out.dtype == dtype and new.kv.dtype == dtype
+    out, *grads = (np.asarray(a).reshape(x.shape) for a in (out, *grads))
+    found = {"out": out @ w["o"].T, "grad.x": sum(d @ w[p] for d, p in zip(grads, "qkv", strict=True))}
+    for p, d, a in (*zip("qkv", grads, (x, x, x), strict=True), ("o", ct, out)):
+        found[f"grad.w.{p}_proj.weight"] = np.einsum("bti,btj->ij", d, a)
+    if "new_state_kv" in z:
+        found |= {"new_state_kv": new.kv, "new_state_k": new.z[:, :, None]}
+    if state is not None:
+        found |= {"grad.state_kv": d_state.kv, "grad.state_k": d_state.z[:, :, None]}
+    return found
+
+
+def errors(name: str, found: dict) -> dict[str, float]:
+    """Largest error over largest value per array, as index.json has it; for gradients at least 1e-3 of the largest."""
+    wanted = load(name)[1]
+    assert {key for key in wanted if key.startswith(("out", "new", "grad"))} == set(found)
+    floor = 1e-3 * max(np.abs(a).max() for key, a in wanted.items() if key.startswith("grad"))
+    result = {}
+    for key, a in found.items():
+        a, b = np.asarray(a, np.float64), wanted[key]
+        assert a.shape == b.shape
+        result[key] = float(np.abs(a - b).max() / max(np.abs(b).max(), floor if key.startswith("grad") else 0))
+    return result
+
+
+NAMES = list(linear_records()) or [f"absent_{i}" for i in range(8)]  # so that each is seen to skip
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("name", NAMES)
+def test_golden_in_float64(name, form, x64):
+    found = errors(name, actual(form, name, "float64"))
+    assert max(found.values()) <= 1e-10, found
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("name", NAMES)
+def test_golden_in_float32_to_twice_the_error_of_the_original(name, form):
+    """A new state's own error is not recorded: it is a sum over tokens, as the gradients of the weights are."""
+    original = load(name)[0]["torch_float32_rel_err"]
+    for key, error in errors(name, actual(form, name, "float32")).items():
+        assert error <= 2 * original["out" if key == "out" else "grad"], (key, error, original)
