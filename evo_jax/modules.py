@@ -1,14 +1,17 @@
-"""The layers as Flax nnx modules: EvoAttention."""
+"""The layers as Flax nnx modules: EvoAttention, LinearAttention."""
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from evo_jax import padding, shapes
+from evo_jax import padding, rotary, shapes
 from evo_jax.evo import evo_attention, init_evo_params
+from evo_jax.linear import linear_attention
 from reference.evo_params import EvoParams
+from reference.linear_maps import LinearState
 
 
 class EvoAttention(nnx.Module):
@@ -72,9 +75,7 @@ class EvoAttention(nnx.Module):
         Raises:
             ValueError: `x` is not (B, L, E), and whatever evo_attention raises.
         """
-        x = shapes.float_array("EvoAttention", "x", x)
-        if x.ndim != 3 or x.shape[2] != self.embed_dim:
-            raise ValueError(f"EvoAttention: {x.shape=} must be (B, L, E) with E = embed_dim = {self.embed_dim}")
+        x = shapes.hidden_states("EvoAttention", "x", x, self.embed_dim)
         batch, length, _ = x.shape
         x, *arrays = _promote((x, *self.params), dtype=self.dtype)
         v = x.reshape(batch, length, self.num_heads, self.head_dim).swapaxes(1, 2)
@@ -92,11 +93,158 @@ class EvoAttention(nnx.Module):
         return jnp.where(valid[..., None], projected, jnp.zeros((), projected.dtype))
 
 
-def check_arguments(embed_dim: int, num_heads: int, head_dim: int | None, dtype: Any, param_dtype: Any) -> int:
-    """The head width of an EvoAttention with these arguments, or the error that says why there is none."""
+class LinearAttention(nnx.Module):
+    """Linear attention over (B, L, hidden_size): q, k, v and output projections around evo_jax.linear_attention.
+
+    Four nnx.Linear without biases, q_proj (hidden_size, N D), k_proj and v_proj (hidden_size, K D) and o_proj (N D,
+    hidden_size), drawn uniformly within 1 / sqrt(fan in). Source: "Transformers are RNNs" (Katharopoulos et al., 2020)
+    and the complexity package.
+
+    Args:
+        hidden_size: width of the input and output.
+        num_heads: N query heads.
+        num_kv_heads: K key/value heads, a divisor of N; None for N.
+        head_dim: D; None for hidden_size / N.
+        scale: a factor on the queries before the feature map; None for 1.
+        feature_map: "elu", "relu", "softmax" or a function, as in linear_attention.
+        is_causal: token i sees tokens up to i; False: every token sees all.
+        eps: added to the denominator.
+        dtype: of the computation, to which input and parameters are cast; None promotes them together (Flax's rule).
+        param_dtype: of the parameters.
+        rngs: `nnx.Rngs` with a `params` (or default) stream; parameters are drawn here, not at the first call.
+
+    Raises:
+        ValueError: sizes that do not divide, or an unknown feature map. TypeError: a dtype that is not a float.
+
+    >>> import jax.numpy as jnp, evo_jax
+    >>> from flax import nnx
+    >>> layer = evo_jax.LinearAttention(hidden_size=64, num_heads=4, num_kv_heads=2, rngs=nnx.Rngs(0))
+    >>> x = jnp.ones((2, 10, 64))
+    >>> out, cache = layer(x)
+    >>> out.shape, cache
+    ((2, 10, 64), None)
+    >>> first, cache = layer(x[:, :7], cache=layer.init_cache(batch_size=2))
+    >>> rest, cache = layer(x[:, 7:], cache=cache)
+    >>> bool(jnp.allclose(jnp.concatenate([first, rest], axis=1), out, atol=1e-5))
+    True
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        num_heads: int,
+        *,
+        num_kv_heads: int | None = None,
+        head_dim: int | None = None,
+        scale: float | None = None,
+        feature_map: str | Callable[[jax.Array], jax.Array] = "elu",
+        is_causal: bool = True,
+        eps: float = 1e-6,
+        dtype: Any = None,
+        param_dtype: Any = jnp.float32,
+        rngs: nnx.Rngs,
+    ):
+        op = type(self).__name__
+        check_dtypes(op, dtype, param_dtype)
+        self.num_kv_heads, self.head_dim = shapes.grouped_heads(op, hidden_size, num_heads, num_kv_heads, head_dim)
+        shapes.feature_map(op, feature_map)
+        self.hidden_size, self.num_heads, self.scale = hidden_size, num_heads, scale
+        self.feature_map, self.is_causal, self.eps = feature_map, is_causal, eps
+        self.dtype, self.param_dtype = dtype, param_dtype
+        wide, narrow = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
+        self.q_proj = _projection(hidden_size, wide, dtype, param_dtype, rngs)
+        self.k_proj = _projection(hidden_size, narrow, dtype, param_dtype, rngs)
+        self.v_proj = _projection(hidden_size, narrow, dtype, param_dtype, rngs)
+        self.o_proj = _projection(wide, hidden_size, dtype, param_dtype, rngs)
+
+    def init_cache(self, batch_size: int, capacity: int | None = None, dtype: Any = jnp.float32) -> LinearState:
+        """The state before the first token, of a size that no sequence changes: `capacity` is not used.
+
+        `dtype` is that of the sums: float32, or float64 where x64 is on.
+        """
+        op, heads, width = type(self).__name__, self.num_kv_heads, self.head_dim
+        dtype = shapes.accum_dtype(op, jnp.zeros((), jnp.float32), jnp.float32 if dtype is None else dtype)
+        features = width if isinstance(self.feature_map, str) else self._features(width)
+        kv = jnp.zeros((batch_size, heads, features, width), dtype)
+        return LinearState(kv, jnp.zeros((batch_size, heads, features), dtype))
+
+    def _features(self, width: int) -> int:
+        """How many features a function makes of D values."""
+        assert callable(self.feature_map)
+        return jax.eval_shape(self.feature_map, jax.ShapeDtypeStruct((1, 1, 1, width), jnp.float32)).shape[-1]
+
+    def __call__(
+        self,
+        hidden_states: jax.Array,
+        *,
+        attention_mask: Any = None,
+        position_embeddings: Any = None,
+        segment_ids: Any = None,
+        cache: LinearState | None = None,
+        implementation: str | None = None,
+    ) -> tuple[jax.Array, LinearState | None]:
+        """(B, L, hidden_size) -> ((B, L, hidden_size), the cache after these tokens or None).
+
+        Args:
+            hidden_states: the new tokens.
+            attention_mask: (B, L), (B, 1, L) or (B, 1, L, 1), 1 for a valid token; a masked one does not exist, and its
+                output row is 0.
+            position_embeddings: (cos, sin) of the new tokens' positions, (L, D), (B, L, D) or (1, L, 1, D), which turn
+                queries and keys before the feature map.
+            segment_ids: (B, L) integers; the sums start anew wherever the id changes.
+            cache: what the tokens before left, from init_cache or an earlier call; the new tokens stay causal.
+            implementation: None, "triton", "reference" or "interpret".
+
+        Raises:
+            ValueError: `hidden_states` is not (B, L, hidden_size), and whatever linear_attention raises.
+        """
+        op = type(self).__name__
+        x = shapes.hidden_states(op, "hidden_states", hidden_states, self.hidden_size)
+        query, key, value = (
+            project(x).reshape(*x.shape[:2], heads, self.head_dim)
+            for project, heads in (
+                (self.q_proj, self.num_heads),
+                (self.k_proj, self.num_kv_heads),
+                (self.v_proj, self.num_kv_heads),
+            )
+        )
+        query, key = (rotary.rotate(op, a, position_embeddings) for a in (query, key))
+        if self.scale is not None:
+            query = query * jnp.asarray(self.scale, query.dtype)
+        out, state = linear_attention(
+            query,
+            key,
+            value,
+            feature_map=self.feature_map,
+            is_causal=self.is_causal,
+            attention_mask=attention_mask,
+            segment_ids=segment_ids,
+            initial_state=cache,
+            return_state=True,
+            eps=self.eps,
+            implementation=implementation,
+        )
+        out = self.o_proj(out.reshape(*x.shape[:2], self.num_heads * self.head_dim))
+        return out, None if cache is None else state
+
+
+def _projection(inputs: int, outputs: int, dtype: Any, param_dtype: Any, rngs: nnx.Rngs) -> nnx.Linear:
+    """A linear map without bias, its weights uniform within 1 / sqrt(inputs)."""
+    init = nnx.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
+    options = {"dtype": dtype, "param_dtype": param_dtype, "promote_dtype": _promote}
+    return nnx.Linear(inputs, outputs, use_bias=False, kernel_init=init, **options, rngs=rngs)
+
+
+def check_dtypes(op: str, dtype: Any, param_dtype: Any) -> None:
+    """TypeError unless both are float dtypes; `dtype` may be None."""
     for name, value in (("dtype", dtype), ("param_dtype", param_dtype)):
         if value is not None or name == "param_dtype":
-            shapes.float_dtype("EvoAttention", name, value)
+            shapes.float_dtype(op, name, value)
+
+
+def check_arguments(embed_dim: int, num_heads: int, head_dim: int | None, dtype: Any, param_dtype: Any) -> int:
+    """The head width of an EvoAttention with these arguments, or the error that says why there is none."""
+    check_dtypes("EvoAttention", dtype, param_dtype)
     return shapes.head_width("EvoAttention", embed_dim, num_heads, head_dim)
 
 

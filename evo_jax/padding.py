@@ -1,7 +1,8 @@
-"""What attention_mask means to EvoAttention, turned into the signed running count of tokens that all forms consume.
+"""Padding masks: which tokens are valid, and EvoAttention's signed running count of tokens that all its forms consume.
 
-`rows` is float32, (B, 1, L) or (B, H, L): its size is the divisor of the mean at that token and its sign says whether
-the token lives. NaN counts as alive and spreads, so a mask that could not be checked is never silently wrong.
+That count, `rows`, is float32, (B, 1, L) or (B, H, L): its size is the divisor of the mean at that token and its sign
+says whether the token lives. NaN counts as alive and spreads, so a mask that could not be checked is never silently
+wrong.
 """
 
 from typing import Any
@@ -16,19 +17,24 @@ from evo_jax import shapes
 def resolve(op: str, v: jax.Array, mask: Any, semantics: str, causal: bool) -> tuple[jax.Array, jax.Array | None]:
     """(v, rows) for a mask of any accepted form; rows is None when every token lives and counts."""
     batch, _, length, _ = v.shape
-    if mask is not None:
-        mask = shapes.token_mask(op, mask, batch, length)
     if semantics == "multiply":
+        mask = None if mask is None else shapes.token_mask(op, mask, batch, length)
         return _multiplied(v, mask, causal)
     if mask is None:
         return v, None
+    return v, jax.lax.stop_gradient(_absent(*valid(op, mask, batch, length), causal))
+
+
+def valid(op: str, mask: Any, batch: int, length: int) -> tuple[jax.Array, jax.Array | None]:
+    """((B, L) bool, True for a valid token; where a traced mask is neither 0 nor 1, None if it cannot be)."""
+    mask = shapes.token_mask(op, mask, batch, length)
     if mask.dtype == bool:
         bad = None
     elif shapes.known(mask):
         bad = shapes.zeros_and_ones(op, mask)
     else:
-        bad = (mask != 0) & (mask != 1)
-    return v, jax.lax.stop_gradient(_absent(jnp.asarray(mask).astype(bool), bad, causal))
+        bad = jnp.asarray((mask != 0) & (mask != 1))
+    return jnp.asarray(mask).astype(bool), bad
 
 
 def valid_tokens(op: str, mask: Any, batch: int, length: int) -> jax.Array:

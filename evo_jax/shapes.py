@@ -12,7 +12,9 @@ import numpy as np
 from jax.core import Tracer
 
 from reference.evo_params import EvoParams
+from reference.linear_maps import FEATURE_MAPS
 
+_FEATURE_MAPS = tuple(name for name in FEATURE_MAPS if name != "identity")
 _FLOATS = ("float16", "bfloat16", "float32", "float64")
 MASK_SHAPES = "(B, L), (B, 1, L) or (B, 1, L, 1)"
 
@@ -38,6 +40,35 @@ def values(op: str, v: Any, query: Any) -> tuple[jax.Array, jax.Array | None]:
     if query.dtype != v.dtype:
         raise TypeError(f"{op}: query.dtype={query.dtype.name} must equal v.dtype={v.dtype.name}; cast one of them")
     return v, query
+
+
+def attention_arrays(op: str, query: Any, key: Any, value: Any, same_length: bool) -> tuple[jax.Array, ...]:
+    """query (B, T, N, D), key (B, S, K, D) and value (B, S, K, V) of one dtype, N a multiple of K."""
+    query, key, value = (float_array(op, name, x) for name, x in (("query", query), ("key", key), ("value", value)))
+    given = f"{query.shape=}, {key.shape=}, {value.shape=}"
+    if not query.ndim == key.ndim == value.ndim == 4 or 0 in (query.shape[3], value.shape[3]):
+        raise ValueError(f"{op}: {given} must be (B, T, N, D), (B, S, K, D), (B, S, K, V) with D, V >= 1")
+    if key.shape[:3] != value.shape[:3] or query.shape[0] != key.shape[0] or query.shape[3] != key.shape[3]:
+        raise ValueError(f"{op}: {given} must agree in B; key and value in S and K; query and key in D")
+    heads, kv_heads = query.shape[2], key.shape[2]
+    if kv_heads == 0 or heads % kv_heads:
+        raise ValueError(f"{op}: {given}: {heads} query heads are not a multiple of {kv_heads} key/value heads")
+    if same_length and query.shape[1] != key.shape[1]:
+        raise ValueError(f"{op}: {given}: is_causal=True needs as many queries as keys; earlier tokens come as a state")
+    if not query.dtype == key.dtype == value.dtype:
+        names = f"{query.dtype.name}, {key.dtype.name}, {value.dtype.name}"
+        raise TypeError(f"{op}: query, key and value are {names} and must be of one dtype; cast them with astype")
+    return query, key, value
+
+
+def segment_ids(op: str, ids: Any, batch: int, length: int) -> jax.Array:
+    """`ids` (B, L) of integers."""
+    ids = jnp.asarray(ids)
+    if not jnp.issubdtype(ids.dtype, jnp.integer):
+        raise TypeError(f"{op}: segment_ids.dtype={ids.dtype.name} must be an integer dtype")
+    if ids.shape != (batch, length):
+        raise ValueError(f"{op}: segment_ids.shape={ids.shape} must be (B, L) = {(batch, length)}")
+    return ids
 
 
 def evo_params(op: str, params: Any, head_dim: int) -> EvoParams:
@@ -87,9 +118,11 @@ def accum_dtype(op: str, array: jax.Array, dtype: Any) -> str:
     return result.name
 
 
-def launch(op: str, block_m: int | None, num_warps: int | None, num_stages: int | None) -> tuple[Any, ...]:
+def launch(
+    op: str, block: int | None, num_warps: int | None, num_stages: int | None, block_name: str = "block_m"
+) -> tuple[Any, ...]:
     """(name, value) of the kernels' launch options that were given, checked alike whether or not a kernel runs."""
-    checks = {"block_m": (block_m, 16, 1024), "num_warps": (num_warps, 1, 16), "num_stages": (num_stages, 1, None)}
+    checks = {block_name: (block, 16, 1024), "num_warps": (num_warps, 1, 16), "num_stages": (num_stages, 1, None)}
     given = {name: integer(op, name, check[0]) for name, check in checks.items() if check[0] is not None}
     for name, number in given.items():
         _, low, high = checks[name]
@@ -134,6 +167,35 @@ def head_width(op: str, embed_dim: Any, num_heads: Any, head_dim: Any) -> int:
     return width
 
 
+def grouped_heads(op: str, hidden_size: Any, num_heads: Any, num_kv_heads: Any, head_dim: Any) -> tuple[int, int]:
+    """(K, D): key/value heads, which divide the query heads, and the width of a head, free unless left to None."""
+    hidden_size, num_heads = integer(op, "hidden_size", hidden_size), integer(op, "num_heads", num_heads)
+    kv_heads = num_heads if num_kv_heads is None else integer(op, "num_kv_heads", num_kv_heads)
+    if min(hidden_size, num_heads, kv_heads) < 1 or num_heads % kv_heads:
+        raise ValueError(
+            f"{op}: {hidden_size=} and {num_heads=} must be at least 1, and {num_kv_heads=} must divide num_heads"
+        )
+    if head_dim is None and hidden_size % num_heads:
+        raise ValueError(f"{op}: {hidden_size=} must be a multiple of {num_heads=}; or give head_dim")
+    width = hidden_size // num_heads if head_dim is None else integer(op, "head_dim", head_dim)
+    if width < 1:
+        raise ValueError(f"{op}: {head_dim=} must be at least 1")
+    return kv_heads, width
+
+
+def hidden_states(op: str, name: str, x: Any, width: int) -> jax.Array:
+    """`x` as a float array (B, L, width)."""
+    x = float_array(op, name, x)
+    if x.ndim != 3 or x.shape[2] != width:
+        raise ValueError(f"{op}: {name}.shape={x.shape} must be (B, L, {width})")
+    return x
+
+
+def feature_map(op: str, value: Any) -> Any:
+    """A name that linear attention knows, or a function."""
+    return value if callable(value) else one_of(op, "feature_map", value, _FEATURE_MAPS, otherwise="a function")
+
+
 def token_mask(op: str, mask: Any, batch: int, length: int) -> jax.Array | np.ndarray:
     """`mask` as (B, L), in its own dtype; a mask known while tracing stays what it is."""
     if not isinstance(mask, jax.Array | np.ndarray):
@@ -165,10 +227,11 @@ def zeros_and_ones(op: str, mask: jax.Array | np.ndarray) -> None:
         )
 
 
-def one_of(op: str, name: str, value: Any, choices: tuple[str, ...]) -> str:
-    """`value`, which must be one of `choices`."""
+def one_of(op: str, name: str, value: Any, choices: tuple[str, ...], otherwise: str | None = None) -> str:
+    """`value`, which must be one of `choices`; `otherwise` names what else the caller takes."""
     if value not in choices:
-        raise ValueError(f"{op}: {name}={value!r} must be one of {', '.join(map(repr, choices))}")
+        extra = "" if otherwise is None else f", or {otherwise}"
+        raise ValueError(f"{op}: {name}={value!r} must be one of {', '.join(map(repr, choices))}{extra}")
     return value
 
 

@@ -61,6 +61,8 @@ def linear_chunked(
     """The same as linear_dense in O(T + S) time; the backward recomputes each chunk from the state before it."""
     dtype = state_dtype(key, value)
     state = initial_state(key, value) if state is None else LinearState(state.kv.astype(dtype), state.z.astype(dtype))
+    if not query.shape[0]:
+        return _empty(query, value), state
     if not spec.causal and rows is None:
         return _one_run(query, key, value, state, spec)
     if not query.shape[1]:

@@ -68,6 +68,12 @@ def test_a_run_leaves_losses_that_fall_and_its_plot_scores_and_checkpoint(finish
     assert 1.0 < scores["this model (evo)"] < 8.0
 
 
+def test_linear_attention_trains(tmp_path: Path, little_held_out: None) -> None:
+    assert _demo(tmp_path, "--attention=linear") == 0
+    losses = _losses(tmp_path)
+    assert len(losses) == _STEPS and losses[-1] < losses[0] - 0.3
+
+
 def test_a_later_checkpoint_replaces_an_earlier_one(finished: Path) -> None:
     kept = sorted(int(path.name) for path in (finished / "checkpoints").iterdir() if path.name.isdigit())
     assert kept == [9, _STEPS]
@@ -175,10 +181,10 @@ def test_missing_libraries_are_named_with_the_extra_that_brings_them(
     assert "pip install 'evo-jax[demo]'" in error
 
 
-@pytest.fixture(scope="module")
-def tiny_model() -> tuple[Settings, train.Trainer, Any, jax.Array]:
+@pytest.fixture(scope="module", params=model.ATTENTION)
+def tiny_model(request: pytest.FixtureRequest) -> tuple[Settings, train.Trainer, Any, jax.Array]:
     """Settings, trainer, parameters and a row of bytes; `logits` is jitted."""
-    tiny = Settings(width=32, layers=1, heads=2, seq_len=16)
+    tiny = Settings(width=32, layers=1, heads=2, seq_len=16, attention=request.param)
     trainer = train.build(tiny)
     trainer = trainer._replace(logits=jax.jit(trainer.logits))
     return tiny, trainer, trainer.init().params, jnp.arange(60, 76)[None]

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from evo_jax.demo.settings import Settings
-from evo_jax.modules import EvoAttention
+from evo_jax.modules import EvoAttention, LinearAttention
 
 VOCABULARY = 256
 _SHIFTS = 4
@@ -31,8 +31,21 @@ class EvoMixer(nnx.Module):
         return self.output(self.attention(self.value(x), causal=True))
 
 
+class LinearMixer(nnx.Module):
+    """LinearAttention without its cache."""
+
+    def __init__(self, settings: Settings, dtype: Any, rngs: nnx.Rngs):
+        self.attention = LinearAttention(settings.width, settings.heads, dtype=dtype, rngs=rngs)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return self.attention(x)[0]
+
+
 # From the name on the command line to what builds the layer, a causal (B, L, E) -> (B, L, E).
-ATTENTION: dict[str, Callable[[Settings, Any, nnx.Rngs], nnx.Module]] = {"evo": EvoMixer}
+ATTENTION: dict[str, Callable[[Settings, Any, nnx.Rngs], nnx.Module]] = {
+    "evo": EvoMixer,
+    "linear": LinearMixer,
+}
 
 
 class MLP(nnx.Module):
