@@ -41,21 +41,21 @@ def _forward(step, consts, carry, xs, aux):
         )
 
     out_like = jax.eval_shape(lambda carry: run(0, step.size if full else rest, carry), carry)[1]
-    out = jnp.zeros((*out_like.shape[: step.axis], length, *out_like.shape[step.axis + 1 :]), out_like.dtype)
+    out = _bits(jnp.zeros((*out_like.shape[: step.axis], length, *out_like.shape[step.axis + 1 :]), out_like.dtype))
     starts = jax.tree.map(lambda c: jnp.zeros((full, *c.shape), c.dtype), carry)
 
     def body(i, state):
         carry, starts, out = state
         starts = jax.tree.map(lambda s, c: lax.dynamic_update_index_in_dim(s, c, i, 0), starts, carry)
         carry, chunk = run(i * step.size, step.size, carry)
-        return carry, starts, lax.dynamic_update_slice_in_dim(out, chunk, i * step.size, step.axis)
+        return carry, starts, _write(out, chunk, i * step.size, step.axis)
 
     last, starts, out = _repeat(full, body, (carry, starts, out))
     end = last
     if rest:
         end, chunk = run(full * step.size, rest, last)
-        out = lax.dynamic_update_slice_in_dim(out, chunk, full * step.size, step.axis)
-    return (end, out), (consts, starts, last, xs, aux)
+        out = _write(out, chunk, full * step.size, step.axis)
+    return (end, _of_bits(out, out_like.dtype)), (consts, starts, last, xs, aux)
 
 
 def _backward(step, residuals, cotangents):
@@ -76,15 +76,14 @@ def _backward(step, residuals, cotangents):
         return vjp((d_carry, d_chunk))
 
     d_consts = jax.tree.map(jnp.zeros_like, consts)
-    d_xs = jax.tree.map(jnp.zeros_like, xs)
+    d_xs = jax.tree.map(lambda x: _bits(jnp.zeros_like(x)), xs)
 
     def add(state, start, size, carry):
         d_consts, d_carry, d_xs = state
         chunk_consts, d_carry, chunk_xs = pull(start, size, carry, d_carry)
         d_consts = jax.tree.map(jnp.add, d_consts, chunk_consts)
-        d_xs = jax.tree.map(
-            lambda d, c: lax.dynamic_update_slice_in_dim(d, c.astype(d.dtype), start, step.axis), d_xs, chunk_xs
-        )
+        chunk_xs = jax.tree.map(lambda x, c: c.astype(x.dtype), xs, chunk_xs)
+        d_xs = jax.tree.map(lambda d, c: _write(d, c, start, step.axis), d_xs, chunk_xs)
         return d_consts, d_carry, d_xs
 
     def body(k, state):
@@ -95,7 +94,8 @@ def _backward(step, residuals, cotangents):
     state = (d_consts, d_carry, d_xs)
     if rest:
         state = add(state, full * step.size, rest, last)
-    return *_repeat(full, body, state), None
+    d_consts, d_carry, d_xs = _repeat(full, body, state)
+    return d_consts, d_carry, jax.tree.map(lambda x, d: _of_bits(d, x.dtype), xs, d_xs), None
 
 
 def _repeat(count, body, state):
@@ -103,7 +103,20 @@ def _repeat(count, body, state):
 
 
 def _slice(tree, start, size, axis):
-    return jax.tree.map(lambda x: lax.dynamic_slice_in_dim(x, start, size, axis), tree)
+    return jax.tree.map(lambda x: _of_bits(lax.dynamic_slice_in_dim(_bits(x), start, size, axis), x.dtype), tree)
+
+
+def _write(bits, chunk, start, axis):
+    return lax.dynamic_update_slice_in_dim(bits, _bits(chunk), start, axis)
+
+
+def _bits(x):
+    """bfloat16 as integers: XLA on CPUs has no bfloat16 slices, and would turn a whole array to float32 for each."""
+    return lax.bitcast_convert_type(x, jnp.uint16) if x.dtype == jnp.bfloat16 else x
+
+
+def _of_bits(x, dtype):
+    return lax.bitcast_convert_type(x, dtype) if dtype == jnp.bfloat16 else x
 
 
 chunk_loop.defvjp(_forward, _backward)

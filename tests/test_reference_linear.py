@@ -319,3 +319,15 @@ def test_residuals_besides_the_inputs_are_one_state_a_chunk():
     extra = sum(a.size * a.dtype.itemsize for a in saved if a.shape != q.shape)
     chunks = 2600 // chunk_length(q, q) + 1
     assert extra <= chunks * 8 * 16 * 17 * 4
+
+
+def test_bfloat16_takes_no_float32_array_of_the_whole_length():
+    """XLA on CPUs would turn whole arrays to float32 and back for every chunk: time quadratic in the length."""
+    x = jax.ShapeDtypeStruct((1, 1024, 2, 16), jnp.bfloat16)
+
+    def both(q, k, v, d_out):
+        out, vjp = jax.vjp(lambda q, k, v: linear_chunked(q, k, v, None, None, LinearSpec())[0], q, k, v)
+        return out, vjp(d_out)
+
+    text = jax.jit(both).lower(x, x, x, x).compile().as_text()
+    assert text is not None and "f32[1,1024," not in text
