@@ -1,7 +1,7 @@
 """The only door to Pallas: the version seam, block specs, masked loads and stores."""
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -67,6 +67,34 @@ def per_group(array: Any, group_axis: int, repeat: int = 1) -> pl.BlockSpec:
     return pl.BlockSpec((None, *rest), index)
 
 
+class Along(NamedTuple):
+    """How a program finds its place on one axis of an array: its index along `grid_axis`, divided by `repeat`.
+
+    There it sees one element and no axis, or, with a `size`, the block of that many elements.
+    """
+
+    grid_axis: int
+    repeat: int = 1
+    size: int | None = None
+
+
+def block(array: Any, *axes: Along | None) -> pl.BlockSpec:
+    """A program's own part of `array`; None stands for a whole axis."""
+    shape = tuple(n if along is None else along.size for n, along in zip(array.shape, axes, strict=True))
+
+    def index(*ids: Any) -> tuple[Any, ...]:
+        return tuple(
+            0
+            if a is None
+            else ids[a.grid_axis]
+            if a.repeat == 1
+            else jax.lax.div(ids[a.grid_axis], jnp.int32(a.repeat))
+            for a in axes
+        )
+
+    return pl.BlockSpec(shape, index)
+
+
 def load(ref: Any, index: tuple[Any, ...], mask: Any) -> jax.Array:
     """`ref[index]`, 0 where `mask` is False; a masked element is never read."""
     return pltriton.load(ref.at[index], mask=mask, other=jnp.zeros((), ref.dtype))
@@ -87,4 +115,15 @@ def load_scalar(ref: Any) -> jax.Array:
     return ref[0]
 
 
-__all__ = ["arange", "call", "load", "load_scalar", "per_group", "program_id", "store", "whole"]
+__all__ = [
+    "Along",
+    "arange",
+    "block",
+    "call",
+    "load",
+    "load_scalar",
+    "per_group",
+    "program_id",
+    "store",
+    "whole",
+]

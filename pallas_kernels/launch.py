@@ -12,9 +12,10 @@ class Launch:
     num_warps: int
     num_stages: int
     interpret: bool
+    block_k: int = 128  # columns of one part of a row, where a kernel reads rows in parts
 
     def __post_init__(self) -> None:
-        for name in ("block_m", "block_d"):
+        for name in ("block_m", "block_d", "block_k"):
             value = getattr(self, name)
             if value < 16 or value & (value - 1):
                 raise ValueError(f"{name}={value} must be a power of two and at least 16 (a tensor-core tile)")
@@ -51,3 +52,55 @@ def evo_launch(
         num_stages=1 if num_stages is None else num_stages,
         interpret=interpret,
     )
+
+
+FILLED = 128  # programs that occupy a GPU: about one for each multiprocessor of an H100 (132) or an A100 (108)
+SEGMENT_CHUNKS = 4  # fewest chunks of a segment: summing it first costs about a third of walking it
+
+
+_LINEAR = {  # precision of dot products: tokens of a chunk (and where there is more to hold), most columns of a part
+    "bf16": (64, 64, 64),
+    "tf32": (64, 32, 32),
+    "tf32x3": (32, 16, 16),
+}
+
+
+def linear_launch(
+    width: int,
+    precision: str,
+    *,
+    plain: bool,
+    interpret: bool,
+    block: int | None = None,
+    num_warps: int | None = None,
+    num_stages: int | None = None,
+) -> Launch:
+    """The default launch of a walk over rows of `width` columns, with the caller's own choices; `block` is its chunk.
+
+    A program holds a state of (width, 32), so that 32 heads of width 128 give 128 programs, and reads rows in parts, at
+    least two, that divide the width where it is a multiple of 16. The more numbers an operand is split into, the
+    smaller its tiles are, and smaller still unless the call is `plain` (no rows, no groups, no sums of a softmax):
+    anything larger spills registers.
+    """
+    chunk, small_chunk, widest = _LINEAR[precision]
+    default = chunk if plain else small_chunk
+    columns = -(-width // 16) * 16
+    return Launch(
+        block_m=default if block is None else block,
+        block_d=32,
+        num_warps=8 if num_warps is None else num_warps,
+        num_stages=1 if num_stages is None else num_stages,
+        interpret=interpret,
+        block_k=next(part for part in (64, 32, 16) if part == 16 or (part <= widest and columns % (2 * part) == 0)),
+    )
+
+
+def linear_segments(programs: int, chunks: int) -> int:
+    """Into how many segments a sequence of `chunks` chunks is cut, each walked by a program of its own.
+
+    One, where `programs` (heads and column tiles) fill the GPU without: then no state is held in memory. Otherwise as
+    many as fill it, none shorter than SEGMENT_CHUNKS.
+    """
+    wanted = min(-(-FILLED // max(programs, 1)), max(chunks // SEGMENT_CHUNKS, 1))
+    steps = -(-chunks // wanted)
+    return -(-chunks // steps)
