@@ -12,8 +12,8 @@ from conftest import GOLDEN_DIR
 from reference.linear import LinearSpec, LinearState, linear_chunked, linear_dense
 
 FORMS = {"dense": linear_dense, "chunked": linear_chunked}
-# Each case is one compilation of one tiny call: LLVM's optimiser would take two thirds of the time of these tests.
-QUICK_COMPILE = {"xla_backend_optimization_level": 0}
+# Each case is one compilation of one tiny call: optimising it would take most of the time of these tests.
+QUICK_COMPILE = {"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False}
 
 
 @cache
@@ -35,11 +35,17 @@ def attend(form: str, record: dict, q, k, v, state) -> tuple[jax.Array, LinearSt
     """All tokens at once, or a prefill and then one by one."""
     spec, length = LinearSpec(record["constructor"]["feature_map"]), q.shape[1]
     prefill = record["call"].get("decode_prefill", length)
-    outs = []
-    for part in (slice(0, prefill), *(slice(t, t + 1) for t in range(prefill, length))):
-        out, state = FORMS[form](q[:, part], k[:, part], v[:, part], state, None, spec)
-        outs.append(out)
-    return jnp.concatenate(outs, 1), state
+    out, state = FORMS[form](q[:, :prefill], k[:, :prefill], v[:, :prefill], state, None, spec)
+    if prefill == length:
+        return out, state
+
+    def decode(state, token):
+        q, k, v = (a[:, None] for a in token)
+        out, state = FORMS[form](q, k, v, state, None, spec)
+        return state, out[:, 0]
+
+    state, rest = jax.lax.scan(decode, state, [jnp.moveaxis(a[:, prefill:], 1, 0) for a in (q, k, v)])
+    return jnp.concatenate([out, jnp.moveaxis(rest, 0, 1)], 1), state
 
 
 def actual(form: str, name: str, dtype: str) -> dict[str, np.ndarray]:
