@@ -48,6 +48,7 @@ _COLUMNS = (
     *("case", "target", "kernel", "regs", "spill", "smem", "warps", "grid"),
     *("wgmma", "mma.sync", "cp.async", "atom", "temp", "s"),
 )
+_LEVEL = {"xla_backend_optimization_level": 3, "xla_llvm_disable_expensive_passes": False}  # whatever XLA_FLAGS says
 _DUMP = {"xla_dump_hlo_as_text": True, "xla_dump_emitter_re": "ptx"}  # the second: jax >= 0.12 writes no PTX without it
 
 
@@ -89,7 +90,7 @@ def compile_for(fn: Callable[..., Any], args: Any, target: str = "h100") -> Repo
     with jax.sharding.set_mesh(mesh), quiet_lowering():
         lowered = jax.jit(fn).lower(*placed)
     with tempfile.TemporaryDirectory(prefix="compile_report_") as dump:
-        compiled = lowered.compile(compiler_options={"xla_dump_to": dump, **_DUMP})
+        compiled = lowered.compile(compiler_options={"xla_dump_to": dump, **_LEVEL, **_DUMP})
         names = {call.name for call in triton_calls(lowered) if 0 not in call.grid}
         kernels, fusions = kernel_reports(Path(dump), lambda entry: _base_name(entry, names) is not None)
     if lost := names - {_base_name(kernel.name, names) for kernel in kernels}:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+QUICKLY = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
 GOLDEN_DIR = Path(__file__).resolve().parents[2] / "shared" / "golden"
 
 
@@ -19,9 +20,26 @@ def pytest_configure(config: pytest.Config) -> None:
     # Before anything imports jax; a platform that the caller chose stays.
     if not wants_gpu(config):
         os.environ.setdefault("JAX_PLATFORMS", "cpu")
+        _compile_quickly()
     import jax
 
     jax.config.update("jax_numpy_dtype_promotion", "strict")
+
+
+def _compile_quickly() -> None:
+    """Let XLA leave its code for the CPU unoptimised: most tests are compilations, and take half the time then.
+
+    tests/test_optimised.py and what runs in a process of its own, as compilations for a GPU do, are not affected.
+    """
+    given = os.environ.get("XLA_FLAGS")
+    os.environ["XLA_FLAGS"] = f"{QUICKLY} {given or ''}"
+    import jax
+
+    jax.devices("cpu")  # XLA reads the variable once, here
+    if given is None:
+        del os.environ["XLA_FLAGS"]
+    else:
+        os.environ["XLA_FLAGS"] = given
 
 
 def cuda_missing() -> str | None:

@@ -1,7 +1,7 @@
 """The dense oracle and the chunked form against the original's recorded outputs and gradients (shared/golden)."""
 
 import json
-from functools import cache, partial
+from functools import cache
 from pathlib import Path
 
 import jax
@@ -14,8 +14,6 @@ from conftest import GOLDEN_DIR
 from reference.evo import EvoParams, EvoSpec, evo_chunked, evo_dense
 
 FORMS = {"dense": evo_dense, "chunked": evo_chunked}
-# Each case is one compilation of one tiny call: LLVM's optimiser would take two thirds of the time of these tests.
-QUICK_COMPILE = {"xla_backend_optimization_level": 0}
 QUIRKS_DIR = GOLDEN_DIR.with_name("golden_quirks")
 
 
@@ -72,7 +70,7 @@ def runner(form: str, record: dict, z: dict[str, np.ndarray], semantics: str):
         factor = 1 if mask is None or spec.absent else mask.astype(v.dtype)[:, None, :, None]
         return FORMS[form](v * factor, query, params, rows, spec)
 
-    @partial(jax.jit, compiler_options=QUICK_COMPILE)
+    @jax.jit
     def run(v, query, params):
         out, vjp = jax.vjp(call, v, query, params)
         dv, dq, dparams = vjp(jnp.asarray(split_heads(z["ct"], record["shape"]), v.dtype))

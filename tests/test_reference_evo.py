@@ -13,8 +13,6 @@ from reference import evo
 from reference.chunk_loop import Step, chunk_loop
 from reference.evo import EvoParams, EvoSpec, chunk_length, evo_chunked, evo_dense
 
-# Each test here is one compilation of a small call: LLVM's optimiser would take two thirds of the time.
-QUICK_COMPILE = {"xla_backend_optimization_level": 0}
 FORMS = {"dense": evo_dense, "chunked": evo_chunked}
 OPTIONS = [  # causal, mask, query given, semantics
     (True, None, False, "padding"),
@@ -147,7 +145,7 @@ def test_chunked_against_the_oracle(case):
         out, vjp = jax.vjp(call_of(form, mask, case.causal, case.semantics), *arrays)
         return [out, *jax.tree.leaves(vjp(cotangent))]
 
-    @partial(jax.jit, compiler_options=QUICK_COMPILE)
+    @jax.jit
     def run_both(v, query, params, cotangent):
         in_float32 = jax.tree.map(lambda a: a.astype(jnp.float32), (v, query, params, cotangent))
         poisoned = v + poison, None if query is None else query + poison, params, cotangent
@@ -177,7 +175,7 @@ def both(shape, options, accum_dtype="float64", dtype="float64"):
             out, vjp = jax.vjp(call, *arrays)
             return [out, *jax.tree.leaves(vjp(cotangent))]
 
-        return jax.jit(with_gradients, compiler_options=QUICK_COMPILE)(arrays, cotangent)
+        return jax.jit(with_gradients)(arrays, cotangent)
 
     return run("chunked"), run("dense")
 
