@@ -7,7 +7,7 @@ from typing import Any
 import jax
 
 import evo_jax
-from evo_jax import EvoParams
+from evo_jax import EvoParams, LinearState
 
 Build = Callable[[str, int], tuple[Callable[..., Any], tuple[Any, ...]]]
 
@@ -69,6 +69,38 @@ def _evo(
     return build
 
 
+def _linear(
+    heads: int = 32, kv_heads: int = 32, *, gradient: bool, mask: bool = False, state: bool = False, **options: Any
+) -> Build:
+    """linear_attention of one sequence of 8,192 tokens: the forward alone, or output and every gradient."""
+
+    def build(dtype: str, width: int) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+        query = jax.ShapeDtypeStruct((1, 8192, heads, width), dtype)
+        key = jax.ShapeDtypeStruct((1, 8192, kv_heads, width), dtype)
+        valid = jax.ShapeDtypeStruct((1, 8192), "bool") if mask else None
+        kv, z = (jax.ShapeDtypeStruct((1, kv_heads, *shape), "float32") for shape in ((width, width), (width,)))
+        given: Any = (kv, z) if state else None
+
+        def forward(query: Any, key: Any, value: Any, given: Any, valid: Any) -> Any:
+            return evo_jax.linear_attention(
+                *(query, key, value),
+                initial_state=given and LinearState(*given),
+                attention_mask=valid,
+                return_state=state,
+                implementation="triton",
+                **options,
+            )
+
+        def both(query: Any, key: Any, value: Any, given: Any, valid: Any, cotangent: Any) -> Any:
+            out, vjp = jax.vjp(lambda q, k, v, given: forward(q, k, v, given, valid), query, key, value, given)
+            return out, vjp(type(out)((cotangent, LinearState(*given))) if state else cotangent)
+
+        args = (query, key, key, given, valid)
+        return (both, (*args, query)) if gradient else (forward, args)
+
+    return build
+
+
 WIDTHS = (64, 80, 128)
 
 CONFIGS: list[Config] = [
@@ -81,4 +113,28 @@ CONFIGS: list[Config] = [
     Config("evo_gradient_one_head", _evo(1, 1, gradient=True), dtypes=("bfloat16",), widths=(64,), temp_ratio=1.5),
     Config("evo_gradient_full", _evo(gradient=True, causal=False), dtypes=("bfloat16",), widths=(64,)),
     Config("evo_gradient_query_mask", _evo(gradient=True, query=True, mask=True), dtypes=("float32",), widths=(80,)),
+    # 2 MB and 8 MB for bfloat16 of width 128, where the query is 67 MB.
+    Config("linear_forward", _linear(gradient=False), dtypes=("bfloat16",), widths=(128,), temp_ratio=0.03),
+    Config("linear_gradient", _linear(gradient=True), temp_ratio=0.12),
+    Config(
+        "linear_gradient_few_heads_mask",
+        _linear(4, 2, gradient=True, mask=True, state=True),
+        dtypes=("bfloat16",),
+        widths=(80,),
+        temp_ratio=0.25,  # states between segments
+    ),
+    Config(
+        "linear_gradient_full_mask",
+        _linear(gradient=True, mask=True, is_causal=False),
+        dtypes=("float32",),
+        widths=(64,),
+        temp_ratio=1.2,  # the float32 sums of one direction, which the other one adds to
+    ),
+    Config(
+        "linear_gradient_full_softmax",
+        _linear(gradient=True, is_causal=False, feature_map="softmax"),
+        dtypes=("float16",),
+        widths=(128,),
+        temp_ratio=2.2,  # gradients of features, in float32
+    ),
 ]

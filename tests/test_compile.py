@@ -2,13 +2,14 @@
 
 import json
 from functools import partial
+from typing import Any
 
 import jax
 import pytest
 
 import evo_jax
 from benchmarks.compile_configs import CONFIGS
-from benchmarks.compile_report import dot_precisions, main, missing_wheels, ttir, unsafe
+from benchmarks.compile_report import compile_for, dot_precisions, main, missing_wheels, ttir, unsafe
 from evo_jax import EvoParams
 
 ALL_WIDTHS = (1, 7, 12, 16, 24, 32, 48, 64, 80, 96, 100, 128, 192, 256)
@@ -32,6 +33,10 @@ def test_every_configuration_compiles_within_its_budgets(tmp_path, capsys):
             for name, counts in products.items():
                 if name in ("evo_output", "evo_gate", "evo_bwd_gate", "evo_bwd_ratio", "evo_bwd_weight"):
                     assert counts["wgmma"] + counts["mma.sync"] > 0, f"{row['case']}: {name} has no tensor-core dot"
+        if row["case"].startswith("linear"):
+            assert all(
+                k["instructions"]["wgmma"] + k["instructions"]["mma.sync"] > 0 for k in row["report"]["kernels"]
+            ), row["case"]
 
 
 def _gradient(width, dtype, **options):
@@ -59,6 +64,46 @@ def test_no_evo_access_can_leave_its_array(width, causal):
     assert {name: found for name, text in modules if (found := unsafe(text))} == {}
 
 
+def _linear_gradient(width, dtype, causal=True):
+    """(fn, args): output, last state and every gradient, of grouped heads with a mask and a state."""
+    shape = lambda *dims: jax.ShapeDtypeStruct((1, *dims), dtype)  # noqa: E731
+    query, key, value = shape(LENGTH, 4, width), shape(LENGTH, 2, width), shape(LENGTH, 2, 24)
+    kv, z = (jax.ShapeDtypeStruct(s, "float32") for s in ((1, 2, width, 24), (1, 2, width)))
+    linear_state: Any = evo_jax.LinearState  # of shapes, not arrays
+    state = linear_state(kv, z)
+    valid = jax.ShapeDtypeStruct((1, LENGTH), "bool")
+
+    def both(query, key, value, state, valid, cotangents):
+        call = partial(evo_jax.linear_attention, is_causal=causal, attention_mask=valid, implementation="triton")
+        run = lambda q, k, v, state: call(q, k, v, initial_state=state, return_state=True)  # noqa: E731
+        out, vjp = jax.vjp(run, query, key, value, state)
+        return out, vjp(cotangents)
+
+    return both, (query, key, value, state, valid, (shape(LENGTH, 4, 24), state))
+
+
+@pytest.mark.parametrize("width, causal", [*((w, True) for w in (1, 7, 16, 80, 100, 256)), (7, False), (80, False)])
+def test_no_linear_access_can_leave_its_array(width, causal):
+    """Both the walks and the sums of segments: these few heads do not fill a GPU."""
+    modules = ttir(*_linear_gradient(width, "float32", causal))
+    names = {name.removesuffix("_onward").removesuffix("_back") for name, _ in modules}
+    assert names == {f"linear_{name}" for name in ("keys", "queries", "num", "d_query", "d_key", "d_value")}
+    assert {name: found for name, text in modules if (found := unsafe(text))} == {}
+
+
+@pytest.mark.skipif(missing_wheels() is not None, reason=f"compiling for CUDA needs wheels: {missing_wheels()}")
+def test_heads_that_fill_the_gpu_keep_no_state_in_memory():
+    """Temporary memory of the forward: none, at any length."""
+
+    def forward(x):
+        return evo_jax.linear_attention(x, x, x, implementation="triton")
+
+    for length in (1000, 65536):
+        report = compile_for(forward, (jax.ShapeDtypeStruct((1, length, 32, 128), "bfloat16"),))
+        assert [kernel.name for kernel in report.kernels] == ["linear_num"]
+        assert report.temp_bytes == 0
+
+
 @pytest.mark.parametrize("shape, axis", [((3, LENGTH, 5), 1), ((7, LENGTH), 1), ((LENGTH,), 0), ((2, 70, 130), 1)])
 @pytest.mark.parametrize("reverse, exclusive", [(False, False), (False, True), (True, False), (True, True)])
 def test_no_prefix_access_can_leave_its_array(shape, axis, reverse, exclusive):
@@ -75,7 +120,8 @@ def test_offsets_past_two_billion_elements_are_64_bit(dtype):
 
 
 @pytest.mark.parametrize("dtype, precision", [("bfloat16", "bf16"), ("float16", "= tf32"), ("float32", "tf32x3")])
-def test_dot_products_take_the_precision_of_their_inputs(dtype, precision):
-    fn, args = _gradient(64, dtype)
+@pytest.mark.parametrize("gradient", [_gradient, _linear_gradient], ids=["evo", "linear"])
+def test_dot_products_take_the_precision_of_their_inputs(gradient, dtype, precision):
+    fn, args = gradient(64, dtype)
     dots = [dot for _, text in ttir(fn, args) for dot in dot_precisions(text)]
     assert dots and all(precision in dot for dot in dots)

@@ -7,8 +7,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import EVO_CASES, LENGTHS, EvoCase
+from cases import EVO_CASES, LENGTHS, LINEAR_CASES, EvoCase, LinearCase
 from checks import TOLERANCE, actual_evo, check_evo, evo_params
+from linear_checks import TOLERANCE as LINEAR_TOLERANCE
+from linear_checks import actual_linear, check_linear
 
 import evo_jax
 
@@ -33,6 +35,33 @@ def test_reruns_are_bitwise_equal(width, dtype):
     first = jax.tree.leaves(actual_evo(case, "triton"))
     for _ in range(10):
         again = jax.tree.leaves(actual_evo(case, "triton"))
+        assert all(np.array_equal(a, b) for a, b in zip(first, again, strict=True))
+
+
+# As above: TF32 x 3, and features, sums and gradients of fp16 rounded to TF32's 11 bits.
+LINEAR_GPU_TOLERANCE = {**LINEAR_TOLERANCE, "float32": (1e-5, 1e-5, 5e-5), "float16": (2e-3, 2e-3, 1e-2)}
+LINEAR_LONG = (
+    LinearCase(4099, 64, batch=1, state=True),  # cut into segments
+    LinearCase(4099, 128, dtype="bfloat16", heads=(8, 2), mask="interior", state=True),
+    LinearCase(1029, 80, dtype="bfloat16", heads=(64, 64), state=True),  # one segment
+    LinearCase(2050, 64, causal=False, runs="few", state=True),
+    LinearCase(2050, 64, causal=False, feature_map="softmax", dtype="float16"),
+)
+
+
+@pytest.mark.parametrize("case", (*LINEAR_CASES, *LINEAR_LONG), ids=str)
+def test_linear_equals_oracle(case):
+    check_linear(case, "triton", LINEAR_GPU_TOLERANCE)
+
+
+@pytest.mark.parametrize("heads", [(4, 2), (128, 64)], ids=str)
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_linear_reruns_are_bitwise_equal(dtype, heads):
+    """In segments, and in one walk."""
+    case = LinearCase(2200, 80, dtype=dtype, heads=heads, runs="few", mask="interior", state=True)
+    first = jax.tree.leaves(actual_linear(case, "triton"))
+    for _ in range(5):
+        again = jax.tree.leaves(actual_linear(case, "triton"))
         assert all(np.array_equal(a, b) for a, b in zip(first, again, strict=True))
 
 
