@@ -8,12 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import GOLDEN_DIR
+from quick import QUICK_COMPILE
 
 from reference.linear import LinearSpec, LinearState, linear_chunked, linear_dense
 
 FORMS = {"dense": linear_dense, "chunked": linear_chunked}
-# Each case is one compilation of one tiny call: optimising it would take most of the time of these tests.
-QUICK_COMPILE = {"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False}
 
 
 @cache

@@ -12,12 +12,11 @@ import numpy as np
 import pytest
 from cases import LINEAR_CASES, LinearCase, LinearInputs, linear_inputs, padding_mask
 from checks import TOLERANCE, assert_close
+from quick import QUICK_COMPILE
 
 from reference.linear import FEATURE_MAPS, LinearSpec, chunk_length, linear_chunked, linear_dense
 from reference.linear_maps import FEATURE_PULLS
 
-# Each test here is one compilation of a small call: optimising it would take most of the time.
-QUICK_COMPILE = {"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False}
 FORMS = {"dense": linear_dense, "chunked": linear_chunked}
 
 
