@@ -92,38 +92,52 @@ def forward(inputs: Inputs, plan: Plan, *, save: bool, keep_state: bool) -> tupl
 
 def backward(inputs: Inputs, out: Any, inverse: Any, cotangents: tuple[Any, Any], plan: Plan) -> Gradients:
     """Gradients, from the output, 1 / den (B, N, T), and the cotangents of the output and of the last state."""
-    query, key, value, state, rows = inputs
     d_out, d_state = cotangents
-    feature = plan.spec.feature_map
-    d_den = _d_den(out, d_out, inverse, rows)
-    d_num = Operand(d_out, inverse)
-    slope, exact = (None, True) if feature == "softmax" else (feature, False)
+    d_num, d_den = Operand(d_out, inverse), _d_den(out, d_out, inverse, inputs.rows)
+    queries = Side("queries", Operand(inputs.query), d_num, d_den, True, d_state)
+    states = _states(queries, inputs, plan)
+    d_key, d_state = _d_key(queries, states, inputs, plan)
+    return Gradients(_d_query(queries, inputs, plan), d_key, _d_value(queries, states, inputs, plan), d_state)
 
-    keys = _states(_keys(inputs), inputs, plan)
-    walk = _walk("d_query", inputs, plan, keys, own_query=True, extra="own", maps=(None, None, feature))
-    refs = Refs(d_num, Operand(value), Operand(key), d_den, rows, origin=None if exact else query)
-    walk = replace(walk, slope=slope, transposed=True)
-    types = Outs(_type(query.shape, "float32" if exact else query.dtype))
-    d_query = _run_directions(walk, refs, types, keys, inputs, plan).out
 
-    side = Side("queries", Operand(query), d_num, d_den, True, d_state)
-    queries = _states(side, inputs, plan)
-    walk = _walk("d_value", inputs, plan, queries, own_query=False, extra=None, maps=(feature, feature, None))
-    refs = Refs(Operand(key), Operand(query), d_num, rows=rows)
-    d_value = _run_directions(walk, refs, Outs(_type(value.shape, value.dtype)), queries, inputs, plan).out
+def _d_query(queries: Side, inputs: Inputs, plan: Plan) -> jax.Array:
+    query, key, value, _, rows = inputs
+    states = _states(_keys(inputs), inputs, plan)
+    walk = _walk("d_query", inputs, plan, states, own_query=True, extra="own", maps=(None, None, plan.spec.feature_map))
+    refs = Refs(queries.c, Operand(value), Operand(key), queries.extra, rows)
+    return _run_to_features(walk, refs, query, None, states, inputs, plan)[0]
 
-    walk = _walk("d_key", inputs, plan, queries, own_query=False, extra="other", maps=(None, None, feature))
-    refs = Refs(Operand(value), d_num, Operand(query), d_den, rows, origin=None if exact else key)
-    walk = replace(walk, slope=slope, transposed=True)
-    key_type = _type(key.shape, "float32" if exact else key.dtype)
-    types = Outs(key_type, None, None if state is None else _state_type(inputs))
-    d_key = _run_directions(walk, refs, types, queries, inputs, plan)
-    if exact:
-        d_query, d_key = (
-            _through_softmax(query, d_query, rows),
-            d_key._replace(out=_through_softmax(key, d_key.out, rows)),
-        )
-    return Gradients(d_query, d_key.out, d_value, d_key.state)
+
+def _d_key(queries: Side, states: States, inputs: Inputs, plan: Plan) -> tuple[jax.Array, Any]:
+    """Also the gradient of the initial state, which is the queries' state at the end of the walk."""
+    key, value, rows = inputs.key, inputs.value, inputs.rows
+    maps = (None, None, plan.spec.feature_map)
+    walk = _walk("d_key", inputs, plan, states, own_query=False, extra="other", maps=maps)
+    refs = Refs(Operand(value), queries.c, queries.b, queries.extra, rows)
+    state_type = None if inputs.state is None else _state_type(inputs)
+    return _run_to_features(walk, refs, key, state_type, states, inputs, plan)
+
+
+def _d_value(queries: Side, states: States, inputs: Inputs, plan: Plan) -> jax.Array:
+    feature, value = plan.spec.feature_map, inputs.value
+    walk = _walk("d_value", inputs, plan, states, own_query=False, extra=None, maps=(feature, feature, None))
+    refs = Refs(Operand(inputs.key), queries.b, queries.c, rows=inputs.rows)
+    return _run_directions(walk, refs, Outs(_type(value.shape, value.dtype)), states, inputs, plan).out
+
+
+def _run_to_features(
+    walk: Walk, refs: Refs, x: jax.Array, state_type: Any, states: States, inputs: Inputs, plan: Plan
+) -> tuple[jax.Array, Any]:
+    """(gradient of x, state at the end), by a walk that computes the gradient of phi(x).
+
+    A softmax couples the columns of a row, which the walk computes apart: its derivative is taken outside, in float32.
+    """
+    softmax = walk.maps[2] == "softmax"
+    walk = replace(walk, transposed=True, slope=None if softmax else walk.maps[2])
+    refs = refs._replace(origin=None if softmax else x)
+    types = Outs(_type(x.shape, "float32" if softmax else x.dtype), None, state_type)
+    outs = _run_directions(walk, refs, types, states, inputs, plan)
+    return _through_softmax(x, outs.out, inputs.rows) if softmax else outs.out, outs.state
 
 
 def _keys(inputs: Inputs) -> Side:

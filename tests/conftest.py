@@ -26,13 +26,18 @@ def pytest_configure(config: pytest.Config) -> None:
     jax.config.update("jax_numpy_dtype_promotion", "strict")
 
 
+def quick_environment() -> dict[str, str]:
+    """The environment of a process that computes the same numbers as this one."""
+    return os.environ | {"XLA_FLAGS": f"{QUICKLY} {os.environ.get('XLA_FLAGS', '')}"}
+
+
 def _compile_quickly() -> None:
     """Let XLA leave its code for the CPU unoptimised: most tests are compilations, and take half the time then.
 
     tests/test_optimised.py and what runs in a process of its own, as compilations for a GPU do, are not affected.
     """
     given = os.environ.get("XLA_FLAGS")
-    os.environ["XLA_FLAGS"] = f"{QUICKLY} {given or ''}"
+    os.environ["XLA_FLAGS"] = quick_environment()["XLA_FLAGS"]
     import jax
 
     jax.devices("cpu")  # XLA reads the variable once, here

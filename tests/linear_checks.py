@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from cases import LinearCase, LinearInputs, linear_inputs
 from checks import assert_close
+from quick import QUICK_COMPILE
 
 from pallas_kernels.linear import linear
 from reference.linear import LinearSpec, linear_dense
@@ -49,7 +50,7 @@ def _run(op: Any, inputs: LinearInputs) -> Any:
 
     args = (inputs.query, inputs.key, inputs.value, inputs.state, (inputs.d_out, inputs.d_state))
     # In the interpreter, a large program of small arrays: optimising it takes longer than running it.
-    quick: Any = {"xla_backend_optimization_level": "0"} if jax.default_backend() == "cpu" else None
+    quick: Any = QUICK_COMPILE if jax.default_backend() == "cpu" else None
     return jax.jit(both).lower(*args).compile(compiler_options=quick)(*args)
 
 

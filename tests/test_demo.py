@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import quick_environment
 
 from evo_jax import __main__ as command
 from evo_jax import backend
@@ -130,7 +131,8 @@ def test_ctrl_c_from_outside_ends_the_process_cleanly(tmp_path: Path) -> None:
 
 def _process(*flags: str) -> subprocess.Popen[str]:
     python = [sys.executable, "-W", "error", "-m", "evo_jax", "demo", *flags]
-    return subprocess.Popen(python, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    environment = quick_environment()
+    return subprocess.Popen(python, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
 def test_resume_of_a_finished_run_evaluates_again_and_trains_no_further(

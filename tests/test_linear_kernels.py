@@ -10,13 +10,12 @@ import pytest
 from cases import LINEAR_CASES, LinearCase, linear_inputs
 from checks import assert_close
 from linear_checks import actual_linear, check_linear, expected_linear, spec_of
+from quick import QUICK_COMPILE
 
 from pallas_kernels import launch
 from pallas_kernels.launch import linear_launch, linear_segments
 from pallas_kernels.linear import linear, refusal
 from reference.linear import LinearSpec, LinearState, linear_dense
-
-QUICK_COMPILE: Any = {"xla_backend_optimization_level": "0"}
 
 
 @pytest.mark.parametrize("case", LINEAR_CASES, ids=str)
@@ -31,6 +30,8 @@ SEGMENTED = (  # and chunks of 16 tokens per segment
     (LinearCase(65, 12, causal=False, state=True), 2),
     (LinearCase(33, 16, keys=70, causal=False, value_width=8, heads=(4, 2), state=True), 1),
     (LinearCase(100, 16, mask="sequence", state=True), 1),
+    # 48 tokens each: a run starts where one of them begins in reverse; 64 tokens: and where one begins forwards.
+    (LinearCase(200, 16, runs="few", state=True), 2),
     (LinearCase(200, 16, runs="few", state=True), 3),
     (LinearCase(130, 16, runs="many", mask="interior", heads=(4, 2), state=True, feature_map="relu"), 1),
     (LinearCase(130, 12, runs="few", causal=False, state=True), 2),
@@ -92,7 +93,8 @@ def test_cut_and_resume_equals_whole(cut):
         return out, vjp(args[4])
 
     args = (inputs.query, inputs.key, inputs.value, inputs.state, (inputs.d_out, inputs.d_state))
-    actual = jax.jit(run).lower(*args).compile(compiler_options=QUICK_COMPILE)(*args)
+    quick: Any = QUICK_COMPILE
+    actual = jax.jit(run).lower(*args).compile(compiler_options=quick)(*args)
     for got, want in zip(jax.tree.leaves(actual), jax.tree.leaves(expected_linear(case)), strict=True):
         assert_close("resumed", got, want, 3e-6)
 
