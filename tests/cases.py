@@ -7,7 +7,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from reference.dense import AttendInputs, AttendSpec
 from reference.linear import LinearState
+from reference.mask import FAR, Mask, Pattern
 
 
 @dataclass(frozen=True, slots=True)
@@ -175,3 +177,153 @@ def linear_inputs(case: LinearCase, seed: int = 0) -> LinearInputs:
     state = LinearState(draws[3], 0.5 + np.abs(draws[4])) if case.state else None
     arrays = LinearInputs(query, key, value, state, linear_rows(case), d_out, LinearState(draws[6], draws[7]))
     return jax.tree.map(jnp.asarray, arrays)
+
+
+@dataclass(frozen=True, slots=True)
+class AttendCase:
+    """One call of softmax attention: `length` T (S of keys where `keys` differs), widths D and V, and what is odd."""
+
+    length: int
+    keys: int | None = None  # S, None: T
+    heads: tuple[int, int] = (2, 2)  # (N, K)
+    width: int = 16
+    value_width: int | None = None  # V, None: D
+    causal: bool = True
+    windows: tuple[tuple[int, int], ...] = ((FAR, FAR),)
+    sparse: tuple[int, int, int] = (0, 1, 0)  # num_global, block_size, num_random
+    offset: int | str | None = None  # None: S - T | "each": an array, one per sequence
+    lengths: str | None = None  # "q" | "kv" | "both": shorter for each sequence | "none": the last has no tokens
+    segments: str | None = None  # "few" or "many" as in run_numbers, "unsorted", or a padding_mask
+    bias: str | None = None  # its shape: "11TS", "B11S", "1NTS", "BNTS"
+    hiding: bool = False  # some of the bias is -inf
+    keep: bool = False
+    soft_cap: float | None = None
+    sinks: bool = False
+    dropout_rate: float = 0.0
+    dtype: str = "float32"
+    batch: int = 2
+
+    def __str__(self) -> str:
+        parts = [f"T{self.length}"] + [f"S{self.keys}"] * (self.keys is not None) + [f"D{self.width}"]
+        parts += [f"V{self.value_width}"] * (self.value_width is not None) + [f"N{self.heads[0]}K{self.heads[1]}"]
+        parts += ["causal" if self.causal else "full", self.dtype]
+        if self.windows != ((FAR, FAR),):
+            parts += ["window_" + "_".join(f"{'far' if n == FAR else n}" for pair in self.windows for n in pair)]
+        parts += ["sparse" + "_".join(map(str, self.sparse))] * (self.sparse != (0, 1, 0))
+        named = {"offset": self.offset, "lengths": self.lengths, "segments": self.segments, "bias": self.bias}
+        parts += [f"{name}_{value}" for name, value in named.items() if value is not None]
+        flags = ("hiding", "keep", "soft_cap", "sinks", "dropout_rate")
+        return "-".join(parts + [flag for flag in flags if getattr(self, flag)])
+
+
+_LOCAL_AND_GLOBAL = ((10, 0), (10, 0), (40, 0), (FAR, FAR))
+
+ATTEND_CASES: tuple[AttendCase, ...] = (
+    # Sizes and widths, then masks, then what changes scores and weights, then dtypes; options meet in each.
+    *(AttendCase(length) for length in (0, 1, 64, 100)),
+    AttendCase(0, keys=7),
+    AttendCase(5, keys=0, sinks=True),
+    AttendCase(1, keys=70, heads=(4, 2)),
+    AttendCase(33, keys=100, heads=(4, 1), value_width=24),
+    AttendCase(100, keys=33, sinks=True),
+    AttendCase(70, keys=45, causal=False, heads=(4, 2)),
+    AttendCase(48, width=24, value_width=80, heads=(4, 2)),
+    AttendCase(48, width=80, value_width=16, causal=False, soft_cap=3.0),
+    AttendCase(70, width=64),
+    AttendCase(40, width=256, batch=1),
+    AttendCase(40, width=16, value_width=256, batch=1, heads=(1, 1)),
+    AttendCase(130, windows=((20, 0),), heads=(4, 2)),
+    AttendCase(100, windows=((0, 0),)),
+    AttendCase(100, keys=130, windows=((15, 15),), causal=False, sinks=True),
+    AttendCase(100, keys=60, windows=((10, 4),), causal=False),
+    AttendCase(130, windows=_LOCAL_AND_GLOBAL, heads=(4, 2)),
+    AttendCase(100, windows=((5, 5), (FAR, FAR)), causal=False, lengths="both"),
+    AttendCase(130, windows=((4, 4),), sparse=(1, 8, 2), heads=(4, 2)),
+    AttendCase(130, windows=((8, 8),), sparse=(9, 16, 3), causal=False),
+    AttendCase(100, windows=((8, 8),), sparse=(0, 16, 1), sinks=True),
+    AttendCase(100, windows=((6, 6),), sparse=(1, 12, 0), lengths="kv"),
+    AttendCase(33, keys=130, windows=((4, 4),), sparse=(9, 8, 2), soft_cap=2.0),
+    AttendCase(130, keys=100, windows=((4, 4),), sparse=(1, 8, 2), causal=False, segments="few"),
+    AttendCase(70, windows=((4, 4),), sparse=(2, 8, 2), offset="each"),
+    AttendCase(100, lengths="both", heads=(4, 2), sinks=True),
+    AttendCase(100, keys=70, lengths="none", causal=False),
+    AttendCase(130, lengths="q", windows=((20, 0),)),
+    AttendCase(130, segments="few", heads=(4, 2)),
+    AttendCase(100, segments="many", causal=False, soft_cap=2.0),
+    AttendCase(70, keys=100, segments="unsorted", lengths="kv", windows=((30, 9),), causal=False),
+    AttendCase(100, segments="left"),
+    AttendCase(100, segments="interior", windows=((25, 25),), causal=False, sinks=True),
+    AttendCase(100, segments="sequence", heads=(4, 2)),
+    AttendCase(60, keys=70, offset=-3),
+    AttendCase(60, keys=70, offset=25, windows=((12, 0),)),
+    AttendCase(60, keys=70, offset="each", lengths="kv", heads=(4, 2)),
+    AttendCase(70, bias="11TS", hiding=True, causal=False),
+    AttendCase(70, keys=50, bias="B11S", heads=(4, 2), soft_cap=2.0, lengths="kv"),
+    AttendCase(70, bias="1NTS", windows=((20, 0),), heads=(4, 2), sinks=True),
+    AttendCase(70, bias="BNTS", hiding=True, segments="few", sinks=True, dropout_rate=0.2),
+    AttendCase(70, keep=True, causal=False, heads=(4, 2), sinks=True),
+    AttendCase(70, keep=True, windows=((9, 9),), sparse=(1, 8, 1), bias="11TS", dropout_rate=0.5, soft_cap=2.0),
+    AttendCase(100, dropout_rate=0.3, heads=(4, 2)),
+    *(AttendCase(100, width=64, heads=(4, 2), dtype=dtype) for dtype in ("bfloat16", "float16")),
+    AttendCase(70, width=80, dtype="bfloat16", segments="interior", sinks=True, soft_cap=3.0, bias="B11S"),
+    AttendCase(70, keys=100, dtype="float16", windows=((20, 0),), dropout_rate=0.2, bias="1NTS"),
+)
+
+
+def _attend_segments(case: AttendCase) -> tuple[Any, Any]:
+    """(B, T) and (B, S) int32: the last T and S of one sequence's segments, negative where padded."""
+    if case.segments is None:
+        return None, None
+    keys = case.length if case.keys is None else case.keys
+    most = max(case.length, keys)
+    if case.segments == "unsorted":
+        numbers = np.random.default_rng(5).integers(-1, 3, size=(case.batch, most)).astype(np.int32)
+    elif case.segments in ("few", "many"):
+        numbers = run_numbers(case.segments, case.batch, most)
+    else:
+        mask = padding_mask(case.segments, case.batch, most)
+        assert mask is not None
+        numbers = np.where(mask, 0, -1).astype(np.int32)
+    return numbers[:, most - case.length :], numbers[:, most - keys :]
+
+
+def attend_mask(case: AttendCase) -> Mask:
+    """The case's mask, of NumPy arrays."""
+    batch, length, keys = case.batch, case.length, case.length if case.keys is None else case.keys
+    offset = keys - length if not isinstance(case.offset, int) else case.offset
+    pattern = Pattern(case.causal, case.windows, *case.sparse, seed=7, offset=offset)
+    b = np.arange(batch, dtype=np.int32)
+    shorter = lambda n: np.where(b == 0, n - n // 7, n // 2 if case.lengths != "none" else 0)  # noqa: E731
+    q_segments, kv_segments = _attend_segments(case)
+    keep = np.random.default_rng(6).random((batch, 1, length, keys)) < 0.7 if case.keep else None
+    return Mask(
+        pattern,
+        offset=(5 - 9 * b).astype(np.int32) if case.offset == "each" else None,
+        q_lengths=shorter(length).astype(np.int32) if case.lengths in ("q", "both", "none") else None,
+        kv_lengths=shorter(keys).astype(np.int32) if case.lengths in ("kv", "both", "none") else None,
+        q_segments=q_segments,
+        kv_segments=kv_segments,
+        keep=keep,
+    )
+
+
+def attend_inputs(case: AttendCase, seed: int = 0) -> tuple[AttendInputs, AttendSpec, tuple[Any, Any]]:
+    """(inputs, spec, cotangents of out and lse): standard normal values in the case's dtype, lse's in float32."""
+    (batch, length, width), (heads, kv_heads) = (case.batch, case.length, case.width), case.heads
+    keys = length if case.keys is None else case.keys
+    value_width = width if case.value_width is None else case.value_width
+    rng = np.random.default_rng(seed)
+    draw = lambda *shape: rng.normal(size=shape).astype(np.float32).astype(jnp.dtype(case.dtype))  # noqa: E731
+    query, key = draw(batch, length, heads, width), draw(batch, keys, kv_heads, width)
+    value, d_out = draw(batch, keys, kv_heads, value_width), draw(batch, length, heads, value_width)
+    d_lse, bias, sinks = draw(batch, length, heads).astype(np.float32), None, None
+    if case.bias is not None:
+        size = {"B": batch, "N": heads, "T": length, "S": keys, "1": 1}
+        bias = draw(*(size[axis] for axis in case.bias))
+        bias = np.where(rng.random(bias.shape) < 0.1, np.asarray(-np.inf, bias.dtype), bias) if case.hiding else bias
+    if case.sinks:
+        sinks = draw(heads).astype(np.float32)
+    dropped = np.uint32(11) if case.dropout_rate else None
+    inputs = AttendInputs(query, key, value, attend_mask(case), bias, sinks, dropped)
+    spec = AttendSpec(width**-0.5, case.soft_cap, case.dropout_rate)
+    return jax.tree.map(jnp.asarray, inputs), spec, (jnp.asarray(d_out), jnp.asarray(d_lse))
