@@ -1,6 +1,7 @@
 """Interval arithmetic: what integers a value of a kernel can be."""
 
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 
@@ -61,6 +62,11 @@ def remainder(a: Range, b: Range) -> Range:
     return Range(0 if a.low >= 0 else 1 - b.high, min(b.high - 1, max(a.high, 0)))
 
 
+def unsigned(rule: Callable[[Range, Range], Range]) -> Callable[[Range, Range], Range]:
+    """The rule, where no number has a sign bit to be misread."""
+    return lambda a, b: rule(a, b) if a.low >= 0 and b.low >= 0 else ANY
+
+
 ARITHMETIC = {
     "arith.addi": add,
     "tt.addptr": add,
@@ -68,6 +74,8 @@ ARITHMETIC = {
     "arith.muli": multiply,
     "arith.divsi": divide,
     "arith.remsi": remainder,
+    "arith.divui": unsigned(divide),
+    "arith.remui": unsigned(remainder),
     "arith.minsi": lambda a, b: Range(min(a.low, b.low), min(a.high, b.high)),
     "arith.maxsi": lambda a, b: Range(max(a.low, b.low), max(a.high, b.high)),
 }

@@ -78,14 +78,16 @@ class Along(NamedTuple):
     size: int | None = None
 
 
-def block(array: Any, *axes: Along | None) -> pl.BlockSpec:
-    """A program's own part of `array`; None stands for a whole axis."""
-    shape = tuple(n if along is None else along.size for n, along in zip(array.shape, axes, strict=True))
+def block(array: Any, *axes: Along | int | None) -> pl.BlockSpec:
+    """A program's own part of `array`; None stands for a whole axis, a number for one taken to be that long."""
+    shape = tuple(
+        n if a is None else a.size if isinstance(a, Along) else a for n, a in zip(array.shape, axes, strict=True)
+    )
 
     def index(*ids: Any) -> tuple[Any, ...]:
         return tuple(
             0
-            if a is None
+            if not isinstance(a, Along)
             else ids[a.grid_axis]
             if a.repeat == 1
             else jax.lax.div(ids[a.grid_axis], jnp.int32(a.repeat))
@@ -110,6 +112,16 @@ def arange(n: int) -> jax.Array:
     return jnp.arange(n, dtype=jnp.int32)
 
 
+def span(start: Any, size: int) -> Any:
+    """An index of `size` elements from `start` on: cheaper than an array of their numbers, and not to be mixed with one."""
+    return pl.ds(start, size)
+
+
+def load_one(ref: Any, *index: Any) -> jax.Array:
+    """One element, by numbers known to lie within the array."""
+    return pltriton.load(ref.at[tuple(jnp.asarray(i, jnp.int32) for i in index)])
+
+
 def load_scalar(ref: Any) -> jax.Array:
     """The one element of a ref of shape (1,)."""
     return ref[0]
@@ -121,9 +133,11 @@ __all__ = [
     "block",
     "call",
     "load",
+    "load_one",
     "load_scalar",
     "per_group",
     "program_id",
+    "span",
     "store",
     "whole",
 ]

@@ -1,6 +1,7 @@
 """How a kernel is launched: block sizes and warps, chosen from the head width and the dtype of its dot products."""
 
 from dataclasses import dataclass
+from typing import Any
 
 
 @dataclass(frozen=True, slots=True)
@@ -15,14 +16,18 @@ class Launch:
     block_k: int = 128  # columns of one part of a row, where a kernel reads rows in parts
 
     def __post_init__(self) -> None:
-        for name in ("block_m", "block_d", "block_k"):
-            value = getattr(self, name)
-            if value < 16 or value & (value - 1):
-                raise ValueError(f"{name}={value} must be a power of two and at least 16 (a tensor-core tile)")
-        if self.num_warps not in (1, 2, 4, 8, 16):
-            raise ValueError(f"num_warps={self.num_warps} must be 1, 2, 4, 8 or 16")
-        if self.num_stages < 1:
-            raise ValueError(f"num_stages={self.num_stages} must be at least 1")
+        _check_tiles(self, ("block_m", "block_d", "block_k"))
+
+
+def _check_tiles(launch: Any, names: tuple[str, ...]) -> None:
+    for name in names:
+        value = getattr(launch, name)
+        if value < 16 or value & (value - 1):
+            raise ValueError(f"{name}={value} must be a power of two and at least 16 (a tensor-core tile)")
+    if launch.num_warps not in (1, 2, 4, 8, 16):
+        raise ValueError(f"num_warps={launch.num_warps} must be 1, 2, 4, 8 or 16")
+    if launch.num_stages < 1:
+        raise ValueError(f"num_stages={launch.num_stages} must be at least 1")
 
 
 def evo_launch(
@@ -104,3 +109,57 @@ def linear_segments(programs: int, chunks: int) -> int:
     wanted = min(-(-FILLED // max(programs, 1)), max(chunks // SEGMENT_CHUNKS, 1))
     steps = -(-chunks // wanted)
     return -(-chunks // steps)
+
+
+@dataclass(frozen=True, slots=True)
+class AttendLaunch:
+    """Statics of one launch of softmax attention."""
+
+    block_q: int  # queries of a tile
+    block_k: int  # keys of a tile
+    num_warps: int
+    num_stages: int
+    interpret: bool
+
+    def __post_init__(self) -> None:
+        _check_tiles(self, ("block_q", "block_k"))
+
+
+def attend_launch(
+    kind: str,
+    width: int,
+    precision: str,
+    *,
+    interpret: bool,
+    block_q: int | None = None,
+    block_k: int | None = None,
+    num_warps: int | None = None,
+    num_stages: int | None = None,
+) -> AttendLaunch:
+    """The default launch of "forward", "d_query", "d_key_value" or "d_bias", with the caller's own choices over it.
+
+    `width` is the wider of key and value.
+    """
+    size = next(size for size in (64, 128, 256) if width <= size)
+    chosen = _ATTEND[precision][kind][size]
+    given = (block_q, block_k, num_warps, num_stages)
+    numbers = (default if own is None else own for default, own in zip(chosen, given, strict=True))
+    return AttendLaunch(*numbers, interpret=interpret)
+
+
+# Precision of dot products, kernel, most columns: queries and keys of a tile, warps, stages.
+_ATTEND = {
+    "bf16": {
+        "forward": {64: (128, 64, 8, 2), 128: (128, 64, 8, 2), 256: (64, 32, 8, 2)},
+        "d_query": {64: (128, 64, 8, 2), 128: (64, 64, 8, 2), 256: (64, 32, 8, 1)},
+        "d_key_value": {64: (64, 64, 8, 2), 128: (64, 64, 8, 1), 256: (32, 64, 8, 1)},
+        "d_bias": {64: (64, 64, 8, 1), 128: (64, 64, 8, 1), 256: (32, 32, 8, 1)},
+    },
+    "tf32": {
+        "forward": {64: (64, 32, 8, 2), 128: (64, 32, 8, 2), 256: (64, 16, 8, 1)},
+        "d_query": {64: (64, 32, 8, 1), 128: (64, 32, 8, 1), 256: (32, 16, 8, 1)},
+        "d_key_value": {64: (32, 64, 8, 1), 128: (32, 32, 8, 1), 256: (16, 32, 8, 1)},
+        "d_bias": {64: (32, 32, 8, 1), 128: (32, 32, 8, 1), 256: (16, 16, 8, 1)},
+    },
+}
+_ATTEND["tf32x3"] = _ATTEND["tf32"]

@@ -1,0 +1,359 @@
+"""Device-side helpers of the softmax kernels: what a program reads, whom a tile visits, scores, masks, dropout."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial, reduce
+from operator import add
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from pallas_kernels import _pallas as plk
+from pallas_kernels.dots import Dots
+from pallas_kernels.launch import AttendLaunch
+from reference.logits import AttendSpec, cap_slope, capped, kept
+from reference.mask import Keys, Pattern, Queries, allows
+from reference.online_softmax import LOG2_E
+from reference.visit import Tiling
+
+LN_2 = math.log(2)
+
+
+@dataclass(frozen=True, slots=True)
+class Task:
+    """Statics of one kernel. Its grid is (tiles, heads, batch): a program may see several heads and sequences."""
+
+    name: str
+    spec: AttendSpec
+    pattern: Pattern
+    tiling: Tiling
+    widths: tuple[int, int]  # of keys and values
+    programs: tuple[int, int]  # along heads and sequences
+    loops: tuple[bool, bool]  # whether some tiles need the mask, and whether some do not
+    launch: AttendLaunch
+    dots: Dots
+
+    @property
+    def share(self) -> tuple[int, int]:
+        """Query heads and sequences of one program."""
+        return self.tiling.heads // self.programs[0], self.tiling.batch // self.programs[1]
+
+    @property
+    def base_2(self) -> AttendSpec:
+        """Gives scores times log2(e)."""
+        cap = self.spec.soft_cap
+        return replace(self.spec, scale=self.spec.scale * LOG2_E, soft_cap=None if cap is None else cap * LOG2_E)
+
+
+class Refs(NamedTuple):
+    """Arrays of one kernel, in memory order; None for what there is not."""
+
+    query: Any = None  # (B, T, N, D)
+    key: Any = None  # (B, S, K, D)
+    value: Any = None  # (B, S, K, V)
+    out: Any = None  # (B, T, N, V), or its cotangent
+    lse: Any = None  # (B, N, T) in base 2
+    delta: Any = None  # (B, N, T)
+    bounds: Any = None  # of reference.visit.Visits
+    extras: Any = None
+    counts: Any = None
+    windows: Any = None  # (N, 2)
+    table: Any = None  # (K, blocks, R)
+    offset: Any = None
+    q_lengths: Any = None
+    kv_lengths: Any = None
+    q_segments: Any = None
+    kv_segments: Any = None
+    keep: Any = None
+    bias: Any = None
+    sinks: Any = None
+    seed: Any = None  # (1,)
+
+
+# How a program finds its part: "b" sequences, "h" heads, "w" columns (in parts), "." whole.
+_AXES = Refs(
+    *("b.hw", "b.hw", "b.hw", "b.hw", "bh.", "bh."),
+    *("bh..", "h..", "h.", "h.", "h..", "b", "b", "b", "b.", "b.", "bh..", "bh..", "h", "."),
+)
+
+
+def run(kernel: Callable[..., None], task: Task, refs: Refs, out_types: Refs, tiles: int) -> Refs:
+    """Launch `kernel(refs, outs, task=task)`, one program per tile, share of heads and share of sequences."""
+
+    def specs(arrays: Refs) -> Refs:
+        return Refs(*(None if x is None else _spec(x, axes, task) for x, axes in zip(arrays, _AXES, strict=True)))
+
+    return plk.call(
+        partial(kernel, task=task),
+        refs,
+        name=task.name,
+        grid=(tiles, *task.programs),
+        in_specs=(specs(refs),),
+        out_specs=specs(out_types),
+        out_shape=out_types,
+        num_warps=task.launch.num_warps,
+        num_stages=task.launch.num_stages,
+        interpret=task.launch.interpret,
+    )
+
+
+def _spec(array: Any, axes: str, task: Task) -> Any:
+    def along(axis: str, n: int) -> Any:
+        if axis == ".":
+            return None
+        if axis == "w":
+            return sum(size for _, size in parts_of(n))
+        programs = task.programs["hb".index(axis)]
+        return plk.Along(1 + "hb".index(axis), max(programs // n, 1), max(n // programs, 1))
+
+    return plk.block(array, *(along(axis, n) for axis, n in zip(axes, array.shape, strict=True)))
+
+
+def parts_of(width: int) -> list[tuple[int, int]]:
+    """(start, size) of parts of a row: powers of two from 16 on, so that 80 columns take 64 and 16, not 128."""
+    parts, start, rest = [], 0, -(-width // 16) * 16
+    while rest:
+        size = 1 << (rest.bit_length() - 1)
+        parts.append((start, size))
+        start, rest = start + size, rest - size
+    return parts
+
+
+class Place(NamedTuple):
+    """Which of a program's heads and sequences it is at, and their numbers among all."""
+
+    b: Any
+    h: Any
+    sequence: Any
+    head: Any
+    share: tuple[int, int]
+
+    def of(self, ref: Any, batch_axis: int | None, head_axis: int | None) -> tuple[Any, ...]:
+        """Indices of the sequence and the head in a ref; heads that share one, or all of them, index the same."""
+        pairs = ((self.b, self.share[1], batch_axis), (self.h, self.share[0], head_axis))
+        return tuple(_shared(i, n, ref.shape[axis]) for i, n, axis in pairs if axis is not None)
+
+
+def _shared(i: Any, count: int, length: int) -> Any:
+    repeat = count // length
+    return jnp.int32(0) if length == 1 else i if repeat == 1 else lax.div(i, jnp.int32(repeat))
+
+
+def first_place(task: Task) -> Place:
+    heads, batch = task.share
+    zero = jnp.int32(0)
+    return Place(zero, zero, plk.program_id(2) * batch, plk.program_id(1) * heads, task.share)
+
+
+def over_places(step: Callable[[Place, Any], Any], init: Any, task: Task) -> Any:
+    """Fold `step(place, state)` over the heads and sequences of this program, in their order."""
+    (heads, batch), first = task.share, first_place(task)
+
+    def at_sequence(b: Any, state: Any) -> Any:
+        def at_head(h: Any, state: Any) -> Any:
+            return step(Place(b, h, first.sequence + b, first.head + h, task.share), state)
+
+        return at_head(jnp.int32(0), state) if heads == 1 else lax.fori_loop(0, heads, at_head, state)
+
+    return at_sequence(jnp.int32(0), init) if batch == 1 else lax.fori_loop(0, batch, at_sequence, init)
+
+
+class Tokens(NamedTuple):
+    """The queries, or the keys, of one tile."""
+
+    start: Any
+    index: jax.Array  # 1-D token numbers
+    inside: jax.Array  # 1-D: in the array
+    here: jax.Array  # 1-D: exists; else nothing of it is read
+    across: jax.Array  # the numbers, on their axis of the tile
+    facts: Any  # Queries or Keys of the mask's rule
+
+
+def queries(refs: Refs, place: Place, tile: Any, task: Task, axis: int) -> Tokens:
+    """Those of tile number `tile`, on `axis` of the tiles of scores."""
+    size, length, pattern = task.tiling.block_q, task.tiling.queries, task.pattern
+    start = tile * size
+    index, inside, here, segment = _tokens(start, size, length, refs.q_lengths, refs.q_segments, place)
+    across = partial(jnp.expand_dims, axis=1 - axis)
+    offset = pattern.offset if refs.offset is None else plk.load_one(refs.offset, *place.of(refs.offset, 0, None))
+    left, right = pattern.windows[0]
+    if refs.windows is not None:
+        (head,) = place.of(refs.windows, None, 0)
+        left, right = (plk.load_one(refs.windows, head, n) for n in (0, 1))
+    blocks = () if refs.table is None else _random_blocks(refs.table, place, index + offset, inside, task)
+    ragged = refs.q_lengths is not None or length % size
+    live = across(index < _length(refs.q_lengths, length, place)) if ragged else None
+    facts = Queries(across(index + offset), left, right, live, None if segment is None else across(segment),
+                    tuple(across(block) for block in blocks))  # fmt: skip
+    return Tokens(start, index, inside, here, across(index), facts)
+
+
+def keys(refs: Refs, place: Place, tile: Any, task: Task, axis: int) -> Tokens:
+    """As `queries`."""
+    size, length = task.tiling.block_k, task.tiling.keys
+    start = tile * size
+    index, inside, here, segment = _tokens(start, size, length, refs.kv_lengths, refs.kv_segments, place)
+    across = partial(jnp.expand_dims, axis=1 - axis)
+    ragged = refs.kv_lengths is not None or length % size
+    live = across(index < _length(refs.kv_lengths, length, place)) if ragged else None
+    facts = Keys(across(index), live, None if segment is None else across(segment))
+    return Tokens(start, index, inside, here, across(index), facts)
+
+
+def _length(lengths: Any, length: int, place: Place) -> Any:
+    return length if lengths is None else jnp.minimum(plk.load_one(lengths, *place.of(lengths, 0, None)), length)
+
+
+def _tokens(start: Any, size: int, length: int, lengths: Any, segments: Any, place: Place) -> tuple[Any, ...]:
+    """(index, inside, here, segment or None)."""
+    index = start + plk.arange(size)
+    inside = index < length
+    here = inside if lengths is None else index < _length(lengths, length, place)
+    if segments is None:
+        return index, inside, here, None
+    segment = plk.load(segments, (*place.of(segments, 0, None), plk.span(start, size)), inside)
+    return index, inside, here & (segment >= 0), jnp.where(inside, segment, -1)
+
+
+def _random_blocks(table: Any, place: Place, position: jax.Array, inside: jax.Array, task: Task) -> tuple[Any, ...]:
+    """Of each query, one array for each random block; -1 for none."""
+    (head,) = place.of(table, None, 0)
+    block = lax.div(jnp.maximum(position, 0), jnp.int32(task.pattern.block_size))
+    known = inside & (position >= 0) & (block < table.shape[1])
+    block = jnp.minimum(block, table.shape[1] - 1)
+
+    def drawn(r: int) -> jax.Array:
+        index = (jnp.full_like(block, head), block, jnp.full_like(block, r))
+        return jnp.where(known, plk.load(table, index, known), -1)
+
+    return tuple(drawn(r) for r in range(task.pattern.num_random))
+
+
+def rows(ref: Any, place: Place, tokens: Tokens, width: int) -> tuple[jax.Array, ...]:
+    """The parts of the tokens' rows of (B, L, heads, width), 0 for tokens that do not exist."""
+    (b, h), size = place.of(ref, 0, 2), tokens.index.shape[0]
+
+    def part(start: int, columns: int) -> jax.Array:
+        here = tokens.here[:, None]
+        if start + columns > width:
+            here = here & (plk.arange(columns) < width - start)[None, :]
+        index = (b, plk.span(tokens.start, size), h, plk.span(start, columns))
+        return plk.load(ref, index, jnp.broadcast_to(here, (size, columns)))
+
+    return tuple(part(*part_of) for part_of in parts_of(width))
+
+
+def store_rows(ref: Any, place: Place, tokens: Tokens, parts: tuple[jax.Array, ...], width: int) -> None:
+    """Write parts of the tokens' rows, where the array has such."""
+    (b, h), size = place.of(ref, 0, 2), tokens.index.shape[0]
+    for (start, columns), value in zip(parts_of(width), parts, strict=True):
+        ok = tokens.inside[:, None] & (plk.arange(columns) < width - start)[None, :]
+        plk.store(ref, (b, plk.span(tokens.start, size), h, plk.span(start, columns)), value, ok)
+
+
+def vector(ref: Any, place: Place, tokens: Tokens) -> jax.Array:
+    """(size,) of (B, heads, L), 0 past its end."""
+    return plk.load(ref, (*place.of(ref, 0, 1), plk.span(tokens.start, tokens.index.shape[0])), tokens.inside)
+
+
+def store_vector(ref: Any, place: Place, tokens: Tokens, value: jax.Array) -> None:
+    plk.store(ref, (*place.of(ref, 0, 1), plk.span(tokens.start, tokens.index.shape[0])), value, tokens.inside)
+
+
+def pairs(ref: Any, place: Place, i: Tokens, j: Tokens) -> jax.Array:
+    """The tile of (B, N, T or 1, S or 1), laid out as the scores are; it broadcasts to them."""
+    index, mask = _pair_index(ref, place, i.across, j.across)
+    return plk.load(ref, index, mask)
+
+
+def store_pairs(ref: Any, place: Place, value: jax.Array, i: jax.Array, j: jax.Array) -> None:
+    """Write a tile of rows i and columns j, 1-D both; an axis of length 1 has one row or column in `value` as well."""
+    index, mask = _pair_index(ref, place, i[:, None], j[None, :])
+    plk.store(ref, index, value, mask)
+
+
+def _pair_index(ref: Any, place: Place, i: jax.Array, j: jax.Array) -> tuple[tuple[Any, ...], jax.Array]:
+    lengths, mask = ref.shape[2:], jnp.ones((1, 1), bool)
+    for length, number in zip(lengths, (i, j), strict=True):
+        mask = mask if length == 1 else mask & (number < length)
+    i, j = (n if length > 1 else jnp.zeros((1, 1), jnp.int32) for length, n in zip(lengths, (i, j), strict=True))
+    b, h = (jnp.full((1, 1), x, jnp.int32) for x in place.of(ref, 0, 1))
+    return (b, h, i, j), mask
+
+
+def over_visits(
+    step: Callable[[Any, Any, bool], Any], init: Any, refs: Refs, place: Place, tile: Any, task: Task
+) -> Any:
+    """Fold `step(tile of the other kind, state, masked)` over the tiles that `tile` visits."""
+    where = place.of(refs.bounds, 0, 1)
+    first, free, masked, end = (plk.load_one(refs.bounds, *where, tile, n) for n in range(4))
+    before, count = free - first, (free - first) + (end - masked)
+    total, head = count, None
+    if refs.extras is not None:
+        (head,) = place.of(refs.counts, None, 0)
+        total = count + plk.load_one(refs.counts, head, tile)
+
+    def number(t: Any) -> Any:
+        near = jnp.where(t < before, first + t, masked + t - before)
+        if head is None:
+            return near
+        far = plk.load(refs.extras, (head, tile, jnp.maximum(t - count, 0)), t >= count)
+        return jnp.where(t < count, near, far)
+
+    if task.loops[0]:
+        init = lax.fori_loop(0, total, lambda t, state: step(number(t), state, True), init)
+    if task.loops[1]:
+        init = lax.fori_loop(free, masked, lambda t, state: step(t, state, False), init)
+    return init
+
+
+def visited(refs: Refs, place: Place, q_tile: Any, k_tile: Any) -> Any:
+    """1 or, where no key of the tile can be seen, 0."""
+    if refs.extras is not None:
+        return jnp.int32(1)
+    first, end = (plk.load_one(refs.bounds, *place.of(refs.bounds, 0, 1), q_tile, n) for n in (0, 3))
+    return ((first <= k_tile) & (k_tile < end)).astype(jnp.int32)
+
+
+def loops_of(visits: Any, mask: Any) -> tuple[bool, bool]:
+    """Task.loops: what is known of the visits while tracing."""
+    free = mask.q_segments is None and mask.keep is None
+    if not isinstance(visits.bounds, np.ndarray):
+        return True, free
+    first, start, stop, end = (visits.bounds[..., n] for n in range(4))
+    some = bool(((start - first) + (end - stop)).any()) or visits.extras.shape[2] > 0
+    return some, free and bool((stop > start).any())
+
+
+def product(task: Task, a: tuple[jax.Array, ...], b: tuple[jax.Array, ...]) -> jax.Array:
+    """a b^T of rows in parts."""
+    return reduce(add, (task.dots(x, y, (1, 1)) for x, y in zip(a, b, strict=True)))
+
+
+def scores(
+    products: jax.Array, refs: Refs, place: Place, i: Tokens, j: Tokens, task: Task, masked: bool
+) -> tuple[jax.Array, Any]:
+    """(scores in base 2, -inf where hidden; the slope of their cap)."""
+    spec = task.base_2
+    values = capped(products, spec)
+    slope = cap_slope(values, spec)
+    if refs.bias is not None:
+        values = values + pairs(refs.bias, place, i, j).astype(jnp.float32) * LOG2_E
+    if masked:
+        seen = allows(task.pattern, i.facts, j.facts)
+        seen = seen if refs.keep is None else seen & pairs(refs.keep, place, i, j)
+        values = jnp.where(seen, values, -jnp.inf)
+    return values, slope
+
+
+def dropped(weights: jax.Array, refs: Refs, place: Place, i: Tokens, j: Tokens, task: Task) -> jax.Array:
+    """The weights that dropout keeps, 0 for the others; not scaled up."""
+    if not task.spec.dropout_rate:
+        return weights
+    seed = plk.load_scalar(refs.seed)
+    keep = kept(task.spec.dropout_rate, seed, place.sequence, place.head, i.across, j.across)
+    return jnp.where(keep, weights, 0.0)
