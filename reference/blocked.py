@@ -1,0 +1,94 @@
+"""Softmax attention in O(T + S) memory, and in time proportional to the tiles that a mask leaves alive: the fallback.
+
+The same as reference/dense.py. Heads that share a window go through one walk over tiles (reference/blocked_walk.py).
+"""
+
+from dataclasses import replace
+from itertools import groupby, pairwise
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from reference.blocked_tile import Plan
+from reference.blocked_walk import Inputs, walk
+from reference.dense import AttendInputs, AttendSpec, attend_dense
+from reference.mask import Mask, Pattern
+from reference.visit import Tiling, key_visits
+
+WIDEST = 1280  # keys that are worth a single slab
+
+
+def attend_blocked(
+    inputs: AttendInputs,
+    spec: AttendSpec,
+    *,
+    block_q: int | None = None,
+    block_k: int | None = None,
+    width: int | None = None,
+) -> tuple[Array, Array]:
+    """As attend_dense. A tile is `block_q` queries, a slab `width` keys; keys are skipped by tiles of `block_k`."""
+    query, key, value, mask, bias, sinks, seed = inputs
+    if 0 in query.shape or 0 in key.shape or 0 in value.shape:
+        return attend_dense(inputs, spec)
+    group = query.shape[2] // key.shape[2]
+    results: list[tuple[Array, Array]] = []
+    for first, last, window in _runs(mask.pattern.windows, query.shape[2], group):
+        pattern = replace(mask.pattern, windows=(window,))
+        plan = _plan(pattern, spec, first, (query.shape[1], key.shape[1]), (block_q, block_k, width))
+        kv = slice(first // group, -(-last // group))
+        arrays = Inputs(query[:, :, first:last], key[:, :, kv], value[:, :, kv], _heads(bias, first, last))
+        results.append(walk(plan, arrays, replace(mask, pattern=pattern, keep=_heads(mask.keep, first, last)), seed))
+    out, lse = (jnp.concatenate(x, axis=2) if len(x) > 1 else x[0] for x in zip(*results, strict=True))
+    if sinks is not None:
+        out, lse = _with_sinks(out, lse, sinks.astype(lse.dtype))
+    return out.astype(query.dtype), lse
+
+
+def _runs(windows: Any, heads: int, group: int) -> list[tuple[int, int, Any]]:
+    """(first, last + 1, window) of neighbouring heads with one window, which share key heads evenly."""
+    if len(windows) == 1:
+        return [(0, heads, windows[0])]
+    runs = []
+    for window, members in groupby(range(heads), key=lambda h: windows[h]):
+        numbers = list(members)
+        first, end = numbers[0], numbers[-1] + 1
+        whole = {-(-first // group) * group, end // group * group}  # between these, all heads of each key head
+        cuts = sorted({first, end} | {cut for cut in whole if first < cut < end})
+        runs += [(a, b, window) for a, b in pairwise(cuts)]
+    return runs
+
+
+def _plan(pattern: Pattern, spec: AttendSpec, first_head: int, sizes: Any, given: Any) -> Plan:
+    """Measured: XLA on CPUs takes more threads than one for products from 256 x 64 x 512 on."""
+    tokens, keys = sizes
+    (left, right), size = pattern.windows[0], pattern.block_size
+    near = left + (0 if pattern.causal else right) <= 128
+    block_q = given[0] or min(max(64, min(size, 256)) if pattern.num_random or near else 256, tokens)
+    block_k = given[1] or min(max(16, min(size, 64)) if pattern.num_random else 64, keys)
+    if given[2] or not pattern.banded:
+        return Plan(spec, first_head, tokens, keys, block_q, block_k, given[2] or _up(min(512, keys), block_k))
+    tiling = Tiling(1, 1, 1, tokens, keys, block_q, block_k)
+    bounds = key_visits(Mask(replace(pattern, num_global=0, num_random=0)), tiling).bounds
+    extent = int(np.max(bounds[..., 3] - bounds[..., 0])) * block_k
+    width = extent if 0 < extent <= WIDEST else _up(min(512, keys), block_k)
+    return Plan(spec, first_head, tokens, keys, block_q, block_k, width)
+
+
+def _up(n: int, multiple: int) -> int:
+    return -(-n // multiple) * multiple
+
+
+def _heads(x: Any, first: int, last: int) -> Any:
+    """Of a bias or `keep` what belongs to these heads."""
+    return x if x is None or x.shape[1] == 1 else x[:, first:last]
+
+
+def _with_sinks(out: Array, lse: Array, sinks: Array) -> tuple[Array, Array]:
+    """The same with a further score per head that has no value; rows that see nothing stay as they are."""
+    alive = lse > -jnp.inf
+    before = jnp.where(alive, lse, 0)
+    after = jnp.logaddexp(before, jnp.broadcast_to(sinks, lse.shape))
+    factor = jnp.exp(before - after)
+    return jnp.where(alive[..., None], out * factor[..., None], 0), jnp.where(alive, after, -jnp.inf)

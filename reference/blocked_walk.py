@@ -1,0 +1,213 @@
+"""Softmax attention tile by tile, in O(T + S) memory: the loops over tiles of queries, forward and backward.
+
+Backward, with p the weights, drop() the dropout, o = out, l = lse and delta = d_o . o - d_l:
+    ds = p (drop(d_o v^T) - delta)    d_q = ds k    d_k = ds^T q    d_v = drop(p)^T d_o
+Keys and values are (width, S) here, so that all five products contract in an order that XLA is fast in on CPUs.
+"""
+
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array, lax
+
+from reference import blocked_tile as tiles
+from reference.blocked_tile import Blocks, Plan, Slab, Tile
+from reference.logits import cap_slope
+from reference.mask import FAR, Mask, Pattern, random_table
+from reference.online_softmax import LOG2_E, SoftmaxState, finish, update
+from reference.visit import Tiling, Visits, key_visits
+
+_einsum = partial(jnp.einsum, precision=lax.Precision.HIGHEST)
+
+
+class Inputs(NamedTuple):
+    """What `walk` differentiates, of the heads of one window."""
+
+    query: Any  # (B, T, N, D)
+    key: Any  # (B, S, K, D)
+    value: Any  # (B, S, K, V)
+    bias: Any = None
+
+
+class _Scene(NamedTuple):
+    """What all tiles share."""
+
+    mask: Mask  # `keep` padded as a bias is
+    seed: Any
+    blocks: Blocks
+    visits: Visits
+    table: Any  # of random blocks
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def walk(plan: Plan, inputs: Inputs, mask: Mask, seed: Any) -> tuple[Array, Array]:
+    """(out (B, T, N, V), lse (B, T, N)), float32 or float64; `mask` has one window."""
+    return _forward(plan, inputs, mask, seed)[0]
+
+
+def _forward(plan: Plan, inputs: Inputs, mask: Mask, seed: Any) -> Any:
+    scene = _scene(plan, mask, seed, _blocks(plan, mask, inputs))
+    batch, padded, heads, _ = scene.blocks.query.shape
+    kv_heads, width = scene.blocks.value.shape[1:3]
+    row, dtype = (kv_heads, heads // kv_heads * plan.block_q), scene.blocks.query.dtype
+
+    def body(results: Any, tile: Tile, visits: Callable[..., Any]) -> Any:
+        def visit(slab: Slab, state: SoftmaxState) -> SoftmaxState:
+            key, value = (tiles.take(x, tile.b, slab) for x in (scene.blocks.key, scene.blocks.value))
+            found = tiles.scores(plan, scene.mask, tile, scene.blocks, slab, key)[1]
+            dot = lambda weights: (_product(tiles.dropped(plan, tile, slab, seed, weights), value, "krc,kvc->krv"),)  # noqa: E731
+            return update(state, found, dot)
+
+        start = SoftmaxState(jnp.full(row, -jnp.inf, dtype), jnp.zeros(row, dtype), (jnp.zeros((*row, width), dtype),))
+        (out,), lse = finish(visits(visit, start))
+        new = (tiles.tokens(x, plan.block_q)[None] for x in (out, lse[..., None] / LOG2_E))
+        return tuple(
+            lax.dynamic_update_slice(x, y, (tile.b, tile.start, 0, 0)) for x, y in zip(results, new, strict=True)
+        )
+
+    results = tuple(jnp.zeros((batch, padded, heads, n), dtype) for n in (width, 1))
+    out, lse = (x[:, : plan.tokens] for x in _for_each_tile(plan, scene, body, results))
+    return (out, lse[..., 0]), (inputs, mask, seed, out, lse)
+
+
+def _backward(plan: Plan, residuals: Any, cotangents: Any) -> Any:
+    inputs, mask, seed, out, lse = residuals
+    blocks, pull = jax.vjp(partial(_blocks, plan, mask), inputs)
+    scene, heads = _scene(plan, mask, seed, blocks), blocks.key.shape[1]
+    alive = lse > -jnp.inf
+    d_out, d_lse = (jnp.where(alive, x, 0) for x in (cotangents[0], cotangents[1][..., None]))
+    delta = (d_out * out).sum(-1, keepdims=True) - d_lse
+    # An infinite lse makes all weights of a row 0.
+    rest = jnp.concatenate([d_out, jnp.where(alive, lse * LOG2_E, jnp.inf), delta], axis=-1)
+    rest = _padded(rest, 1, plan.block_q)
+
+    def body(grads: Blocks, tile: Tile, visits: Callable[..., Any]) -> Blocks:
+        found = tiles.rows(lax.dynamic_slice_in_dim(rest[tile.b], tile.start, plan.block_q, 0), heads)
+        d_o, lse, delta = found[..., :-2], found[..., -2:-1], found[..., -1:]
+
+        def visit(slab: Slab, grads: Any) -> Any:
+            d_query, grads = grads
+            key, value = (tiles.take(x, tile.b, slab) for x in (blocks.key, blocks.value))
+            bent, scores = tiles.scores(plan, scene.mask, tile, blocks, slab, key)
+            drop = partial(tiles.dropped, plan, tile, slab, seed)
+            weights = jnp.exp2(scores - lse)
+            d_scores = weights * (drop(_product(d_o, value, "krv,kvc->krc")) - delta)
+            bias = grads.bias if grads.bias is None else tiles.add_bias(grads.bias, tile, slab, plan.block_q, d_scores)
+            d_scores = d_scores * cap_slope(bent, plan.spec)
+            d_key = _product(tile.query.swapaxes(1, 2), d_scores, "kdr,krc->kdc")
+            d_value = _product(d_o.swapaxes(1, 2), drop(weights), "kvr,krc->kvc")
+            grads = grads._replace(
+                key=tiles.add(grads.key, tile.b, slab, d_key),
+                value=tiles.add(grads.value, tile.b, slab, d_value),
+                bias=bias,
+            )
+            return d_query + _product(d_scores, key, "krc,kdc->krd"), grads
+
+        d_query, grads = visits(visit, (jnp.zeros_like(tile.query), grads))
+        new = tiles.tokens(d_query * plan.spec.scale, plan.block_q)[None]
+        return grads._replace(query=lax.dynamic_update_slice(grads.query, new, (tile.b, tile.start, 0, 0)))
+
+    grads = _for_each_tile(plan, scene, body, jax.tree.map(jnp.zeros_like, blocks))
+    return *pull(grads), None, None
+
+
+def _for_each_tile(plan: Plan, scene: _Scene, body: Callable[..., Any], results: Any) -> Any:
+    """body(results, tile, visits) over all tiles; visits(visit, state) is visit(slab, state) over all of a tile's."""
+    count = scene.blocks.query.shape[1] // plan.block_q
+
+    def run(n: Any, results: Any) -> Any:
+        b, number = lax.div(n, np.int32(count)), lax.rem(n, np.int32(count))
+        tile = tiles.load_tile(plan, scene.mask, scene.table, scene.blocks, b, number)
+        return body(results, tile, partial(_for_each_slab, plan, scene, b, number))
+
+    return _repeat(np.int32(count * len(scene.blocks.query)), run, results)
+
+
+def _for_each_slab(plan: Plan, scene: _Scene, b: Any, number: Any, visit: Callable[..., Any], state: Any) -> Any:
+    bounds, extras, counts = scene.visits
+    found = jnp.asarray(bounds)[b if len(bounds) > 1 else 0, 0, number] * plan.block_k
+    begin, end, padded = found[0], found[3], scene.blocks.key.shape[3]
+
+    def near(n: Any, state: Any) -> Any:
+        return visit(tiles.neighbours(plan, begin + n * plan.width, end, padded), state)
+
+    state = _repeat(lax.div(end - begin + np.int32(plan.width - 1), np.int32(plan.width)), near, state)
+    at_once = max(min(extras.shape[2], plan.width // plan.block_k), 1)
+    if not extras.shape[2]:
+        return state
+    extras = jnp.asarray(np.pad(extras, ((0, 0), (0, 0), (0, -extras.shape[2] % at_once))))
+    counts = jnp.asarray(counts)[:, number]
+
+    def far(n: Any, state: Any) -> Any:
+        numbers = lax.dynamic_slice_in_dim(extras[:, number], n * at_once, at_once, 1)
+        live = n * at_once + jnp.arange(at_once, dtype=jnp.int32) < counts[:, None]
+        return visit(tiles.scattered(plan, numbers, live), state)
+
+    return _repeat(lax.div(counts.max() + np.int32(at_once - 1), np.int32(at_once)), far, state)
+
+
+def _repeat(count: Any, body: Callable[..., Any], state: Any) -> Any:
+    return lax.fori_loop(np.int32(0), count, body, state)
+
+
+def _scene(plan: Plan, mask: Mask, seed: Any, blocks: Blocks) -> _Scene:
+    batch, _, heads, _ = blocks.query.shape
+    kv_heads = blocks.key.shape[1]
+    tiling = Tiling(batch, heads, kv_heads, plan.tokens, plan.keys, plan.block_q, plan.block_k)
+    # Scattered keys of a bias or of `keep` are not gathered: those arrays are O(T S) anyway.
+    gathers = blocks.bias is None and mask.keep is None
+    visits = key_visits(mask if gathers else replace(mask, pattern=_without_extras(mask.pattern)), tiling)
+    table = random_table(mask.pattern, kv_heads, plan.keys)
+    keep = None if mask.keep is None else _padded_pairs(plan, mask.keep)
+    return _Scene(replace(mask, keep=keep), seed, blocks, visits, table)
+
+
+def _without_extras(pattern: Pattern) -> Pattern:
+    """One whose bounds hold all that `pattern` allows."""
+    if not pattern.scattered:
+        return pattern
+    return replace(pattern, windows=((FAR, FAR),), num_global=0, num_random=0)
+
+
+def _blocks(plan: Plan, mask: Mask, inputs: Inputs) -> Blocks:
+    """The arrays in the dtype of the sums, heads apart, tokens that do not exist and padding zero."""
+    query, key, value, bias = inputs
+    wide = jnp.float64 if any(x.dtype == jnp.float64 for x in inputs[:3]) else jnp.float32
+    query = _padded(_existing(query.astype(wide), mask.q_lengths, mask.q_segments), 1, plan.block_q)
+    size = max(plan.width, plan.block_k)
+    key, value = (_existing(x.astype(wide), mask.kv_lengths, mask.kv_segments) for x in (key, value))
+    key, value = (_padded(x.transpose(0, 2, 3, 1), 3, plan.block_k, size) for x in (key, value))
+    return Blocks(query, key, value, None if bias is None else _padded_pairs(plan, bias.astype(wide)))
+
+
+def _existing(x: Array, lengths: Any, segments: Any) -> Array:
+    """x (B, L, heads, width) with zeros in tokens that do not exist."""
+    if lengths is not None:
+        here = jnp.arange(x.shape[1], dtype=jnp.int32) < lengths[:, None]
+        x = jnp.where(here[:, :, None, None], x, 0)
+    return x if segments is None else jnp.where((segments >= 0)[:, :, None, None], x, 0)
+
+
+def _padded_pairs(plan: Plan, x: Array) -> Array:
+    """A bias or `keep`, padded as queries and keys are; axes that it lacks stay of size 1."""
+    x = x if x.shape[2] == 1 else _padded(x, 2, plan.block_q)
+    return x if x.shape[3] == 1 else _padded(x, 3, plan.block_k, plan.width)
+
+
+def _padded(x: Array, axis: int, multiple: int, least: int = 0) -> Array:
+    """x with zeros at the end of `axis`, up to a multiple and at least `least`."""
+    size = x.shape[axis]
+    missing = max(-(-size // multiple) * multiple, least) - size
+    return jnp.pad(x, [(0, missing if n == axis else 0) for n in range(x.ndim)]) if missing else x
+
+
+def _product(a: Array, b: Array, axes: str) -> Array:
+    return _einsum(axes, a, b)
+
+
+walk.defvjp(_forward, _backward)
