@@ -1,4 +1,4 @@
-"""The contenders of every suite: evo_jax by implementation, and the original's mathematics in torch."""
+"""Contenders for EvoAttention and prefix sums: evo_jax by implementation, and the original's mathematics in torch."""
 
 from collections.abc import Callable
 from functools import partial
@@ -7,7 +7,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 
 import evo_jax
 from benchmarks.shapes import EvoShape
@@ -38,7 +37,7 @@ def jax_evo(shape: EvoShape, gradient: bool, implementation: str | None) -> Cont
         return out, *vjp(cotangent)
 
     fn = jax.jit(both) if gradient else jax.jit(lambda v, params, _: (forward(v, params),))
-    run = partial(_wait, fn, v, params, cotangent)
+    run = partial(wait, fn, v, params, cotangent)
 
     def result() -> dict[str, np.ndarray]:
         out, *grads = run()
@@ -56,7 +55,7 @@ def torch_evo(shape: EvoShape, gradient: bool, device: str = "cpu") -> Contender
 
     v, params, cotangent = evo_arrays(shape)
     dtype = getattr(torch, shape.dtype)
-    tensor = partial(_torch_tensor, dtype=dtype, device=device)
+    tensor = partial(torch_tensor, dtype=dtype, device=device)
     values, weight = tensor(v), tensor(cotangent)
     weights = {
         name: a.detach().to(device, dtype).requires_grad_()
@@ -92,7 +91,7 @@ def torch_evo(shape: EvoShape, gradient: bool, device: str = "cpu") -> Contender
 
 def jax_prefix(shape: EvoShape, name: str, fn: Callable[[jax.Array], jax.Array]) -> Contender:
     """Any jitted function of x = (B, H, L, D)."""
-    run = partial(_wait, jax.jit(fn), evo_arrays(shape)[0])
+    run = partial(wait, jax.jit(fn), evo_arrays(shape)[0])
     return Contender(name, run, lambda: {"out": np.asarray(run(), np.float32)})
 
 
@@ -100,82 +99,17 @@ def torch_prefix(shape: EvoShape) -> Contender:
     """torch.cumsum on a CPU with two threads."""
     from benchmarks import peers
 
-    x = _torch_tensor(evo_arrays(shape)[0], dtype=None, device="cpu")
+    x = torch_tensor(evo_arrays(shape)[0], dtype=None, device="cpu")
     run = peers.two_threads(lambda: peers.torch_prefix_sum(x))
     return Contender("torch", run, lambda: {"out": peers.torch_prefix_sum(x).numpy()})
 
 
-LINEAR_TOLERANCES = {"out": 1e-4, "x": 1e-4, **dict.fromkeys(("q_proj", "k_proj", "v_proj", "o_proj"), 1e-4)}
-
-
-def linear_layer(shape: EvoShape) -> tuple[evo_jax.LinearAttention, jax.Array, jax.Array]:
-    """A causal layer of H heads of width D, hidden states (B, L, H D) and a cotangent."""
-    width = shape.heads * shape.width
-    layer = evo_jax.LinearAttention(width, shape.heads, rngs=nnx.Rngs(0))
-    keys = jax.random.split(jax.random.key(1), 2)
-    x, cotangent = (jax.random.normal(key, (shape.batch, shape.length, width)) for key in keys)
-    return layer, x, cotangent
-
-
-def jax_linear_call(shape: EvoShape, gradient: bool, implementation: str | None) -> tuple[Any, tuple[Any, ...]]:
-    """(function, arguments) of the whole layer: {name: array} of the output, or of it and every gradient."""
-    layer, x, cotangent = linear_layer(shape)
-    graph, state = nnx.split(layer)
-
-    def forward(state: Any, x: jax.Array) -> jax.Array:
-        return nnx.merge(graph, state)(x, implementation=implementation)[0]
-
-    def both(state: Any, x: jax.Array, cotangent: jax.Array) -> dict[str, jax.Array]:
-        if not gradient:
-            return {"out": forward(state, x)}
-        out, vjp = jax.vjp(forward, state, x)
-        d_state, d_x = vjp(cotangent)
-        return {"out": out, "x": d_x, **{name: a["kernel"] for name, a in nnx.to_pure_dict(d_state).items()}}
-
-    return jax.jit(both), (state, x, cotangent)
-
-
-def jax_linear(shape: EvoShape, gradient: bool, implementation: str | None) -> Contender:
-    """The whole LinearAttention layer, jitted."""
-    fn, args = jax_linear_call(shape, gradient, implementation)
-    run = partial(_wait, fn, *args)
-    return Contender(f"evo_jax {implementation or 'auto'}", run, lambda: {k: np.asarray(a) for k, a in run().items()})
-
-
-def torch_linear(shape: EvoShape, gradient: bool) -> Contender:
-    """The original's layer in eager torch, two threads."""
-    import torch
-
-    from benchmarks import peers
-
-    layer, x, cotangent = linear_layer(shape)
-    values, weight = (_torch_tensor(a, dtype=None, device="cpu") for a in (x, cotangent))
-    weights = {
-        name: torch.from_numpy(np.array(getattr(layer, name).kernel[...]).T.copy()).requires_grad_()
-        for name in ("q_proj", "k_proj", "v_proj", "o_proj")
-    }
-
-    def compute() -> dict[str, Any]:
-        if not gradient:
-            with torch.no_grad():
-                return {"out": peers.torch_linear_layer(values, weights, shape.heads)}
-        leaf = values.detach().requires_grad_()
-        out = peers.torch_linear_layer(leaf, weights, shape.heads)
-        grads = torch.autograd.grad(out, [leaf, *weights.values()], weight)
-        return {"out": out, **dict(zip(("x", *weights), grads, strict=True))}
-
-    def result() -> dict[str, np.ndarray]:
-        return {k: (a.T if k in weights else a).detach().numpy() for k, a in compute().items()}
-
-    return Contender("torch", peers.two_threads(compute), result)
-
-
-def _torch_tensor(array: jax.Array, dtype: Any, device: str) -> Any:
+def torch_tensor(array: jax.Array, dtype: Any, device: str) -> Any:
     import torch
 
     tensor = torch.from_numpy(np.array(array.astype(jnp.float32)))
     return tensor if dtype is None else tensor.to(device, dtype)
 
 
-def _wait(fn: Callable[..., Any], *args: Any) -> Any:
+def wait(fn: Callable[..., Any], *args: Any) -> Any:
     return jax.block_until_ready(fn(*args))

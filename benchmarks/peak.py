@@ -1,4 +1,4 @@
-"""How much a process grows at its peak in one call, measured in a process of its own: `growth(name, shape)`.
+"""How much a process grows at its peak in one call, measured in a process of its own: `growth(name, kind, shape)`.
 
 Run as a module, it is that process: it builds and compiles the call, resets the kernel's high-water mark of resident
 memory (Linux), makes the call once, and prints the growth in bytes.
@@ -12,28 +12,28 @@ from typing import Any
 
 import jax
 
-from benchmarks import contenders
+from benchmarks import layers
 from benchmarks.shapes import EvoShape
 
 
-def _torch(shape: EvoShape) -> Callable[[], Any]:
-    return contenders.torch_linear(shape, True).run
+def _torch(kind: str, shape: EvoShape) -> Callable[[], Any]:
+    return layers.torch_layer(kind, shape, True).run
 
 
-def _jax(shape: EvoShape) -> Callable[[], Any]:
-    fn, args = contenders.jax_linear_call(shape, True, "reference")
+def _jax(kind: str, shape: EvoShape) -> Callable[[], Any]:
+    fn, args = layers.jax_call(kind, shape, True, "reference")
     compiled = fn.lower(*args).compile()
     return lambda: jax.block_until_ready(compiled(*args))
 
 
-# Forward and backward of the linear layer.
+# Forward and backward of a layer.
 CALLS = {"torch": _torch, "evo_jax reference": _jax}
 
 
-def growth(name: str, shape: EvoShape) -> int:
-    """Bytes by which a fresh process grows at its peak during one call of CALLS[name]."""
+def growth(name: str, kind: str, shape: EvoShape) -> int:
+    """Bytes by which a fresh process grows at its peak during one call of CALLS[name] for that kind of layer."""
     sizes = map(str, (shape.batch, shape.heads, shape.length, shape.width))
-    command = [sys.executable, "-m", "benchmarks.peak", name, *sizes]
+    command = [sys.executable, "-m", "benchmarks.peak", name, kind, *sizes]
     done = subprocess.run(command, check=True, capture_output=True, text=True, cwd=Path(__file__).parents[1])
     return int(done.stdout.split()[-1])
 
@@ -44,9 +44,9 @@ def _resident(field: str) -> int:
     return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(field))
 
 
-def _main(name: str, *sizes: str) -> None:
+def _main(name: str, kind: str, *sizes: str) -> None:
     batch, heads, length, width = map(int, sizes)
-    run = CALLS[name](EvoShape(batch, heads, length, width))
+    run = CALLS[name](kind, EvoShape(batch, heads, length, width))
     Path("/proc/self/clear_refs").write_text("5")  # VmHWM := VmRSS
     before = _resident("VmRSS")
     run()

@@ -54,25 +54,63 @@ def torch_evo_gradients(
     return grads[0], dict(zip(names, grads[1:], strict=True))
 
 
-def torch_linear_layer(x: torch.Tensor, weights: Weights, heads: int) -> torch.Tensor:
-    """The causal linear-attention layer with elu + 1, (B, L, E) -> (B, L, E), one token after the other."""
+Attention = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]  # of (B, H, L, D) arrays
+
+
+def torch_layer(x: torch.Tensor, weights: Weights, heads: int, attention: Attention) -> torch.Tensor:
+    """Projections of (B, L, E), attention, output projection."""
 
     def split(name: str) -> torch.Tensor:
-        y = functional.linear(x, weights[name])
-        return y.view(*x.shape[:2], heads, -1).transpose(1, 2)
+        return functional.linear(x, weights[name]).view(*x.shape[:2], heads, -1).transpose(1, 2)
 
-    query, key, value = functional.elu(split("q_proj")) + 1, functional.elu(split("k_proj")) + 1, split("v_proj")
-    kv = torch.zeros(*query.shape[:2], query.shape[3], value.shape[3], dtype=x.dtype, device=x.device)
+    out = attention(split("q_proj"), split("k_proj"), split("v_proj"))
+    return functional.linear(out.transpose(1, 2).reshape(x.shape), weights["o_proj"])
+
+
+def torch_linear(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    """Causal linear attention with elu + 1, one token after the other."""
+    query, key = functional.elu(query) + 1, functional.elu(key) + 1
+    kv = torch.zeros(*query.shape[:2], query.shape[3], value.shape[3], dtype=value.dtype, device=value.device)
     z = torch.zeros_like(query[:, :, 0])
     outs = []
-    for t in range(x.shape[1]):
+    for t in range(query.shape[2]):
         k, q = key[:, :, t], query[:, :, t]
         kv = kv + k.unsqueeze(-1) * value[:, :, t].unsqueeze(-2)
         z = z + k
         numerator = torch.matmul(q.unsqueeze(-2), kv).squeeze(-2)
         outs.append(numerator / ((q * z).sum(-1, keepdim=True) + 1e-6))
-    out = torch.stack(outs, dim=2).transpose(1, 2).reshape(x.shape)
-    return functional.linear(out, weights["o_proj"])
+    return torch.stack(outs, dim=2)
+
+
+def torch_masked(visible: torch.Tensor) -> Attention:
+    """Softmax over all L x L scores under a mask (heads or 1, L, L), which the original makes anew in every call."""
+
+    def attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+        scores = torch.matmul(query, key.transpose(-2, -1)) * query.shape[-1] ** -0.5
+        return torch.matmul(torch.softmax(scores.masked_fill(~visible, float("-inf")), dim=-1), value)
+
+    return attention
+
+
+def torch_sdpa(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    """torch's own causal attention."""
+    return functional.scaled_dot_product_attention(query, key, value, is_causal=True)
+
+
+def torch_flex(window: int, length: int) -> Attention:
+    """torch's compiled FlexAttention over a causal window; on a CPU it has no backward, and needs a C++ compiler."""
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+    def sees(_b: torch.Tensor, _h: torch.Tensor, i: torch.Tensor, j: torch.Tensor) -> torch.Tensor:
+        return (i >= j) & (i - j < window)
+
+    mask = create_block_mask(sees, None, None, length, length, device="cpu")
+    compiled = torch.compile(flex_attention)
+
+    def attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+        return compiled(query, key, value, block_mask=mask)  # type: ignore[return-value]
+
+    return attention
 
 
 def two_threads(function: Callable[[], object]) -> Callable[[], object]:

@@ -23,7 +23,7 @@ class EvoShape:
 
 CPU_EVO = tuple(EvoShape(1, 8, length, 64) for length in (512, 2048, 8192))
 CPU_LENGTHS = tuple(EvoShape(1, 8, length, 64) for length in (8192, 32768, 131072))
-CPU_LINEAR = tuple(EvoShape(1, 8, length, 64) for length in (512, 2048, 8192))
+CPU_LAYERS = tuple(EvoShape(1, 8, length, 64) for length in (512, 2048, 8192))
 GPU_EVO = (
     EvoShape(2, 8, 8192, 64, "bfloat16"),
     EvoShape(2, 8, 65536, 64, "bfloat16"),

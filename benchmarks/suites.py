@@ -2,13 +2,14 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 import evo_jax
-from benchmarks import contenders, peak, shapes
+from benchmarks import contenders, layers, peak, shapes
 from benchmarks.shapes import EvoShape
 from benchmarks.timing import compare
 
@@ -35,26 +36,53 @@ def cpu(options: Options) -> Iterator[dict[str, Any]]:
         yield compare(f"prefix_sum {shape}", pair, {"out": 1e-5}, options.rounds)
     for shape in _within(shapes.CPU_EVO, options):
         yield _memory(shape, "reference")
-    yield from _cpu_linear(options)
+    yield from _cpu_layers(options)
+    yield from _cpu_ops(options)
     for shape in _within(shapes.CPU_LENGTHS, options):
-        for op, contender in (("evo", contenders.jax_evo), ("linear layer", contenders.jax_linear)):
+        for op, contender in _BY_LENGTH.items():
             for gradient in (False, True):
                 alone = [contender(shape, gradient, "reference")]
                 row = compare(f"length: {_name(op, shape, gradient)}", alone, {}, max(options.rounds // 3, 3))
                 yield row | {"ns_per_token": 1e9 * row["median_s"][alone[0].name] / shape.length}
 
 
-def _cpu_linear(options: Options) -> Iterator[dict[str, Any]]:
-    """The linear layer against the original's loop over tokens, which takes seconds: few calls of it."""
-    for shape in _within(shapes.CPU_LINEAR, options):
+def _cpu_layers(options: Options) -> Iterator[dict[str, Any]]:
+    """Whole layers against the originals, which take seconds at L = 8,192: few calls of those."""
+    for kind in layers.KINDS:
+        for shape in _within(shapes.CPU_LAYERS, options):
+            for gradient in (False, True):
+                pair = [layers.torch_layer(kind, shape, gradient), layers.jax_layer(kind, shape, gradient, "reference")]
+                rounds, warmup = (1, 0) if shape.length >= 8192 else (max(options.rounds // 3, 1), 1)
+                name = _name(f"{kind} layer", shape, gradient)
+                yield compare(name, pair, layers.TOLERANCES, rounds, warmup)
+        for shape in _within(shapes.CPU_LAYERS[1:], options):
+            growth = {name: peak.growth(name, kind, shape) for name in peak.CALLS}
+            yield {"case": f"peak memory growth, {kind} layer forward+backward {shape}", "temp_bytes": growth}
+
+
+def _cpu_ops(options: Options) -> Iterator[dict[str, Any]]:
+    """flash against torch's own attention, a sliding window against its compiled FlexAttention (no backward there)."""
+    from benchmarks import peers
+
+    flash = partial(evo_jax.flash_attention, implementation="reference")
+    sliding = partial(evo_jax.sliding_window_attention, window_size=layers.WINDOW, implementation="reference")
+    rounds = max(options.rounds // 3, 1)
+    for shape in _within(shapes.CPU_LAYERS, options):
         for gradient in (False, True):
-            pair = [contenders.torch_linear(shape, gradient), contenders.jax_linear(shape, gradient, "reference")]
-            slow = shape.length >= 8192 and gradient
-            rounds, warmup = (1, 0) if slow else (max(options.rounds // 3, 1), 1)
-            yield compare(_name("linear layer", shape, gradient), pair, contenders.LINEAR_TOLERANCES, rounds, warmup)
-    for shape in _within(shapes.CPU_LINEAR[1:], options):
-        growth = {name: peak.growth(name, shape) for name in peak.CALLS}
-        yield {"case": f"peak memory growth, linear layer forward+backward {shape}", "temp_bytes": growth}
+            pair = [
+                layers.torch_op("torch SDPA", shape, gradient, peers.torch_sdpa),
+                layers.jax_op("evo_jax reference", shape, gradient, flash),
+            ]
+            yield compare(_name("flash", shape, gradient), pair, layers.OP_TOLERANCES, rounds)
+    for shape in _within(shapes.CPU_LAYERS[1:], options):
+        flex = peers.torch_flex(layers.WINDOW, shape.length)
+        pair = [
+            layers.torch_op("torch FlexAttention", shape, False, flex),
+            layers.jax_op("evo_jax reference", shape, False, sliding),
+        ]
+        yield compare(_name("sliding_window", shape, False), pair, layers.OP_TOLERANCES, rounds)
+        alone = [layers.jax_op("evo_jax reference", shape, True, sliding)]
+        yield compare(_name("sliding_window", shape, True), alone, {}, rounds)
 
 
 def gpu(options: Options) -> Iterator[dict[str, Any]]:
@@ -82,6 +110,11 @@ def gpu(options: Options) -> Iterator[dict[str, Any]]:
             yield compare(_name("evo", shape, gradient), rows, contenders.EVO_TOLERANCES[shape.dtype], options.rounds)
 
 
+_BY_LENGTH: dict[str, Any] = {
+    "evo": contenders.jax_evo,
+    "linear layer": partial(layers.jax_layer, "linear"),
+    "sliding_window layer": partial(layers.jax_layer, "sliding_window"),
+}
 SUITES = {"cpu": cpu, "gpu": gpu}
 
 

@@ -96,7 +96,7 @@ def evo_attention(
     params = shapes.evo_params(_OP, _default_params(v.shape[3]) if params is None else params, v.shape[3])
     shapes.one_of(_OP, "mask_semantics", mask_semantics, ("padding", "multiply"))
     spec = EvoSpec(bool(causal), mask_semantics == "padding", shapes.accum_dtype(_OP, v, accum_dtype))
-    launch = shapes.launch(_OP, block_m, num_warps, num_stages)
+    launch = shapes.launch(_OP, block_m=block_m, num_warps=num_warps, num_stages=num_stages)
     v, rows = padding.resolve(_OP, v, attention_mask, mask_semantics, spec.causal)
     arrays = (v,) if query is None else (v, query)
     how = choose(_OP, implementation, lambda: _refusal(v, params, spec), arrays)

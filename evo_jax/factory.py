@@ -1,43 +1,96 @@
-"""CUDA (and its alias Triton): the factory of the complexity package, giving the nnx modules of evo_jax.modules."""
+"""CUDA (and its alias Triton): the factory of the complexity package, giving the nnx modules of evo_jax."""
 
+import inspect
 from collections.abc import Callable
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 from flax import nnx
 
+from evo_jax.attention import DEFAULT_WINDOWS
 from evo_jax.modules import LinearAttention
+from evo_jax.softmax_modules import (
+    FlashAttention,
+    MultiScaleAttention,
+    SlidingWindowAttention,
+    SoftmaxOptions,
+    SparseAttention,
+)
+
+Layer = TypeVar("Layer", bound=nnx.Module)
 
 
 class CUDA:
-    """Attention layers by name, with the original's names and keywords; each gives (output, cache) when called.
+    """Attention layers by name, with the original's names, keywords and defaults; each gives (output, cache).
 
-    `rngs` may be left out everywhere: parameters are then drawn from `nnx.Rngs(0)`.
+    `options` of each are the further keyword arguments of its module; an unknown one is a TypeError. `rngs` may be left
+    out everywhere: parameters are then drawn from `nnx.Rngs(0)`.
 
     >>> import jax.numpy as jnp, evo_jax
-    >>> layer = evo_jax.CUDA.create(attn_type="linear", hidden_size=64, num_heads=4, feature_map="relu")
+    >>> layer = evo_jax.CUDA.create(attn_type="sliding_window", hidden_size=64, num_heads=4, window_size=8)
     >>> layer(jnp.ones((2, 10, 64)))[0].shape
     (2, 10, 64)
     """
 
     @staticmethod
-    def linear(
+    def flash(hidden_size: int, num_heads: int, num_kv_heads: int | None = None, **options: Any) -> FlashAttention:
+        """Softmax attention over all earlier tokens."""
+        return _made(FlashAttention, hidden_size, num_heads, num_kv_heads, **options)
+
+    @staticmethod
+    def sliding_window(
+        hidden_size: int, num_heads: int, num_kv_heads: int | None = None, window_size: int = 4096, **options: Any
+    ) -> SlidingWindowAttention:
+        """Softmax attention over the last `window_size` tokens."""
+        kind = SlidingWindowAttention
+        return _made(kind, hidden_size, num_heads, num_kv_heads, window_size=window_size, **options)
+
+    @staticmethod
+    def local(
+        hidden_size: int, num_heads: int, num_kv_heads: int | None = None, window_size: int = 512, **options: Any
+    ) -> SlidingWindowAttention:
+        """A sliding window of 512 tokens."""
+        return CUDA.sliding_window(hidden_size, num_heads, num_kv_heads, window_size, **options)
+
+    sliding = sliding_window
+
+    @staticmethod
+    def sparse(
         hidden_size: int,
         num_heads: int,
         num_kv_heads: int | None = None,
-        *,
-        rngs: nnx.Rngs | None = None,
+        block_size: int = 64,
+        num_global_tokens: int = 1,
         **options: Any,
-    ) -> LinearAttention:
-        """LinearAttention: O(N) time and memory; `options` are those of evo_jax.LinearAttention."""
-        rngs = nnx.Rngs(0) if rngs is None else rngs
-        return LinearAttention(hidden_size, num_heads, num_kv_heads=num_kv_heads, rngs=rngs, **options)
+    ) -> SparseAttention:
+        """A band, global tokens and random blocks."""
+        pattern = {"block_size": block_size, "num_global_tokens": num_global_tokens}
+        return _made(SparseAttention, hidden_size, num_heads, num_kv_heads, **pattern, **options)
+
+    @staticmethod
+    def linear(hidden_size: int, num_heads: int, num_kv_heads: int | None = None, **options: Any) -> LinearAttention:
+        """Linear attention: O(N) time, and a state of constant size."""
+        return _made(LinearAttention, hidden_size, num_heads, num_kv_heads, **options)
+
+    @staticmethod
+    def multiscale(
+        hidden_size: int,
+        num_heads: int,
+        num_kv_heads: int | None = None,
+        local_heads: int | None = None,
+        window_sizes: tuple[int, ...] = DEFAULT_WINDOWS,
+        **options: Any,
+    ) -> MultiScaleAttention:
+        """Heads of different reach."""
+        pattern = {"local_heads": local_heads, "window_sizes": window_sizes}
+        return _made(MultiScaleAttention, hidden_size, num_heads, num_kv_heads, **pattern, **options)
 
     @staticmethod
     def create(attn_type: str, hidden_size: int, num_heads: int, **options: Any) -> nnx.Module:
-        """The layer that `attn_type` names: "linear" or "linear_attention".
+        """The layer that `attn_type` names.
 
         Raises:
-            ValueError: another name, and whatever the layer raises.
+            ValueError: another name than "flash", "flash_attention", "sliding_window", "local", "sparse",
+                "block_sparse", "linear", "linear_attention" or "multiscale", and whatever the layer raises.
         """
         if attn_type not in _TYPES:
             raise ValueError(f"CUDA.create: {attn_type=} must be one of {', '.join(map(repr, _TYPES))}")
@@ -45,5 +98,35 @@ class CUDA:
         return make(hidden_size, num_heads, **options)
 
 
-_TYPES = {"linear": "linear", "linear_attention": "linear"}
+def _made(
+    kind: Callable[..., Layer], hidden_size: int, num_heads: int, num_kv_heads: int | None, **options: Any
+) -> Layer:
+    rngs = options.pop("rngs", None)
+    known = _keywords(kind)
+    if unknown := [name for name in options if name not in known]:
+        choices = ", ".join(sorted({*known, "num_kv_heads", "rngs"}))
+        raise TypeError(f"CUDA: {kind.__name__} takes no {', '.join(map(repr, unknown))}, but {choices}")
+    rngs = nnx.Rngs(0) if rngs is None else rngs
+    return kind(hidden_size, num_heads, num_kv_heads=num_kv_heads, rngs=rngs, **options)
+
+
+def _keywords(kind: Callable[..., Any]) -> set[str]:
+    """The keyword arguments of a module's constructor."""
+    parameters = inspect.signature(cast(Any, kind).__init__).parameters.values()  # the class's own is nnx's
+    named = {p.name for p in parameters if p.kind is p.KEYWORD_ONLY}
+    shared = SoftmaxOptions.__annotations__ if any(p.kind is p.VAR_KEYWORD for p in parameters) else ()
+    return named.union(shared)
+
+
+_TYPES = {
+    "flash": "flash",
+    "flash_attention": "flash",
+    "sliding_window": "sliding_window",
+    "local": "local",
+    "sparse": "sparse",
+    "block_sparse": "sparse",
+    "linear": "linear",
+    "linear_attention": "linear",
+    "multiscale": "multiscale",
+}
 Triton = CUDA

@@ -80,7 +80,7 @@ def linear_attention(
         feature_map = "identity"
     spec = LinearSpec(feature_map, bool(is_causal), float(eps))
     state = _state(initial_state, key, value)
-    launch = shapes.launch(_OP, block, num_warps, num_stages, block_name="block")
+    launch = shapes.launch(_OP, block=block, num_warps=num_warps, num_stages=num_stages)
     how = choose(_OP, implementation, lambda: _refusal(query, key, value, state, rows, spec), (query, key, value))
     out, last = _run(query, key, value, state, rows, spec, how, launch, return_state)
     if bad is not None:

@@ -7,9 +7,10 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from evo_jax import padding, rotary, shapes
+from evo_jax import padding, shapes
 from evo_jax.evo import evo_attention, init_evo_params
 from evo_jax.linear import linear_attention
+from evo_jax.projections import GroupedHeads, check_dtypes, promote
 from reference.evo_params import EvoParams
 from reference.linear_maps import LinearState
 
@@ -50,12 +51,13 @@ class EvoAttention(nnx.Module):
         param_dtype: Any = jnp.float32,
         rngs: nnx.Rngs,
     ):
-        self.head_dim = check_arguments(embed_dim, num_heads, head_dim, dtype, param_dtype)
+        check_dtypes("EvoAttention", dtype, param_dtype)
+        self.head_dim = shapes.head_width("EvoAttention", embed_dim, num_heads, head_dim)
         self.embed_dim, self.num_heads = embed_dim, num_heads
         self.dtype, self.param_dtype = dtype, param_dtype
         for name, array in init_evo_params(rngs.params(), self.head_dim, self.param_dtype)._asdict().items():
             setattr(self, name, nnx.Param(array))
-        options = {"dtype": dtype, "param_dtype": param_dtype, "promote_dtype": _promote}
+        options = {"dtype": dtype, "param_dtype": param_dtype, "promote_dtype": promote}
         self.out_proj = nnx.Linear(embed_dim, embed_dim, **options, rngs=rngs) if out_proj else None
 
     @property
@@ -77,7 +79,7 @@ class EvoAttention(nnx.Module):
         """
         x = shapes.hidden_states("EvoAttention", "x", x, self.embed_dim)
         batch, length, _ = x.shape
-        x, *arrays = _promote((x, *self.params), dtype=self.dtype)
+        x, *arrays = promote((x, *self.params), dtype=self.dtype)
         v = x.reshape(batch, length, self.num_heads, self.head_dim).swapaxes(1, 2)
         out = evo_attention(v, EvoParams(*arrays), causal=causal, attention_mask=attention_mask, **options)
         out = out.swapaxes(1, 2).reshape(x.shape)
@@ -93,12 +95,11 @@ class EvoAttention(nnx.Module):
         return jnp.where(valid[..., None], projected, jnp.zeros((), projected.dtype))
 
 
-class LinearAttention(nnx.Module):
+class LinearAttention(GroupedHeads):
     """Linear attention over (B, L, hidden_size): q, k, v and output projections around evo_jax.linear_attention.
 
-    Four nnx.Linear without biases, q_proj (hidden_size, N D), k_proj and v_proj (hidden_size, K D) and o_proj (N D,
-    hidden_size), drawn uniformly within 1 / sqrt(fan in). Source: "Transformers are RNNs" (Katharopoulos et al., 2020)
-    and the complexity package.
+    Its parameters are the projections of GroupedHeads. Source: "Transformers are RNNs" (Katharopoulos et al., 2020) and
+    the complexity package.
 
     Args:
         hidden_size: width of the input and output.
@@ -144,18 +145,17 @@ class LinearAttention(nnx.Module):
         param_dtype: Any = jnp.float32,
         rngs: nnx.Rngs,
     ):
-        op = type(self).__name__
-        check_dtypes(op, dtype, param_dtype)
-        self.num_kv_heads, self.head_dim = shapes.grouped_heads(op, hidden_size, num_heads, num_kv_heads, head_dim)
-        shapes.feature_map(op, feature_map)
-        self.hidden_size, self.num_heads, self.scale = hidden_size, num_heads, scale
-        self.feature_map, self.is_causal, self.eps = feature_map, is_causal, eps
-        self.dtype, self.param_dtype = dtype, param_dtype
-        wide, narrow = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
-        self.q_proj = _projection(hidden_size, wide, dtype, param_dtype, rngs)
-        self.k_proj = _projection(hidden_size, narrow, dtype, param_dtype, rngs)
-        self.v_proj = _projection(hidden_size, narrow, dtype, param_dtype, rngs)
-        self.o_proj = _projection(wide, hidden_size, dtype, param_dtype, rngs)
+        shapes.feature_map(type(self).__name__, feature_map)
+        super().__init__(
+            hidden_size,
+            num_heads,
+            num_kv_heads=num_kv_heads,
+            head_dim=head_dim,
+            dtype=dtype,
+            param_dtype=param_dtype,
+            rngs=rngs,
+        )
+        self.scale, self.feature_map, self.is_causal, self.eps = scale, feature_map, is_causal, eps
 
     def init_cache(self, batch_size: int, capacity: int | None = None, dtype: Any = jnp.float32) -> LinearState:
         """The state before the first token, of a size that no sequence changes: `capacity` is not used.
@@ -198,17 +198,7 @@ class LinearAttention(nnx.Module):
         Raises:
             ValueError: `hidden_states` is not (B, L, hidden_size), and whatever linear_attention raises.
         """
-        op = type(self).__name__
-        x = shapes.hidden_states(op, "hidden_states", hidden_states, self.hidden_size)
-        query, key, value = (
-            project(x).reshape(*x.shape[:2], heads, self.head_dim)
-            for project, heads in (
-                (self.q_proj, self.num_heads),
-                (self.k_proj, self.num_kv_heads),
-                (self.v_proj, self.num_kv_heads),
-            )
-        )
-        query, key = (rotary.rotate(op, a, position_embeddings) for a in (query, key))
+        query, key, value = self.project(hidden_states, position_embeddings)
         if self.scale is not None:
             query = query * jnp.asarray(self.scale, query.dtype)
         out, state = linear_attention(
@@ -224,32 +214,4 @@ class LinearAttention(nnx.Module):
             eps=self.eps,
             implementation=implementation,
         )
-        out = self.o_proj(out.reshape(*x.shape[:2], self.num_heads * self.head_dim))
-        return out, None if cache is None else state
-
-
-def _projection(inputs: int, outputs: int, dtype: Any, param_dtype: Any, rngs: nnx.Rngs) -> nnx.Linear:
-    """A linear map without bias, its weights uniform within 1 / sqrt(inputs)."""
-    init = nnx.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
-    options = {"dtype": dtype, "param_dtype": param_dtype, "promote_dtype": _promote}
-    return nnx.Linear(inputs, outputs, use_bias=False, kernel_init=init, **options, rngs=rngs)
-
-
-def check_dtypes(op: str, dtype: Any, param_dtype: Any) -> None:
-    """TypeError unless both are float dtypes; `dtype` may be None."""
-    for name, value in (("dtype", dtype), ("param_dtype", param_dtype)):
-        if value is not None or name == "param_dtype":
-            shapes.float_dtype(op, name, value)
-
-
-def check_arguments(embed_dim: int, num_heads: int, head_dim: int | None, dtype: Any, param_dtype: Any) -> int:
-    """The head width of an EvoAttention with these arguments, or the error that says why there is none."""
-    check_dtypes("EvoAttention", dtype, param_dtype)
-    return shapes.head_width("EvoAttention", embed_dim, num_heads, head_dim)
-
-
-def _promote(arrays: Any, *, dtype: Any = None, **_: Any) -> tuple[Any, ...]:
-    """Flax's promote_dtype, which also works where strict dtype promotion is on; None stays None."""
-    if dtype is None:
-        dtype = shapes.widest(*(a.dtype for a in arrays if a is not None))
-    return tuple(None if a is None else a.astype(dtype) for a in arrays)
+        return self.merge(out), None if cache is None else state

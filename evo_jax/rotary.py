@@ -1,11 +1,43 @@
-"""Rotary position embeddings, applied to heads: the half-split form of Llama and GPT-NeoX."""
+"""Rotary position embeddings, made and applied to heads: the half-split form of Llama and GPT-NeoX."""
 
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from evo_jax import shapes
+
+
+def rotary_embedding(positions: Any, head_dim: int, theta: float = 10000.0) -> tuple[jax.Array, jax.Array]:
+    """(cos, sin) for `position_embeddings`: angle t / theta**(2 m / D) for pair m < D / 2 of a token at position t.
+
+    Args:
+        positions: (L,) or (B, L), integers or floats.
+        head_dim: D, even.
+        theta: the base of the wavelengths.
+
+    Returns:
+        Two float32 arrays, (L, D) or (B, L, D), with the D / 2 frequencies repeated in both halves.
+
+    Raises:
+        ValueError: an odd head_dim, or positions of another rank. Source: "RoFormer" (Su et al., 2021).
+
+    >>> import jax.numpy as jnp, evo_jax
+    >>> cos, sin = evo_jax.rotary_embedding(jnp.arange(100), head_dim=64)
+    >>> cos.shape
+    (100, 64)
+    """
+    op, positions = "rotary_embedding", jnp.asarray(positions)
+    head_dim = shapes.at_least(op, "head_dim", head_dim, 2)
+    if head_dim % 2 or positions.ndim not in (1, 2):
+        raise ValueError(f"{op}: {head_dim=} must be even, and {positions.shape=} (L,) or (B, L)")
+    if not shapes.finite(op, "theta", theta) > 0:
+        raise ValueError(f"{op}: {theta=} must be greater than 0")
+    frequencies = np.float64(theta) ** (-np.arange(0, head_dim, 2) / head_dim)
+    angles = positions.astype(jnp.float32)[..., None] * frequencies.astype(np.float32)
+    angles = jnp.concatenate([angles, angles], axis=-1)
+    return jnp.cos(angles), jnp.sin(angles)
 
 
 def rotate(op: str, x: jax.Array, position_embeddings: Any) -> jax.Array:

@@ -118,14 +118,11 @@ def accum_dtype(op: str, array: jax.Array, dtype: Any) -> str:
     return result.name
 
 
-def launch(
-    op: str, block: int | None, num_warps: int | None, num_stages: int | None, block_name: str = "block_m"
-) -> tuple[Any, ...]:
+def launch(op: str, **options: Any) -> tuple[tuple[str, int], ...]:
     """(name, value) of the kernels' launch options that were given, checked alike whether or not a kernel runs."""
-    checks = {block_name: (block, 16, 1024), "num_warps": (num_warps, 1, 16), "num_stages": (num_stages, 1, None)}
-    given = {name: integer(op, name, check[0]) for name, check in checks.items() if check[0] is not None}
+    given = {name: integer(op, name, value) for name, value in options.items() if value is not None}
     for name, number in given.items():
-        _, low, high = checks[name]
+        low, high = {"num_warps": (1, 16), "num_stages": (1, None)}.get(name, (16, 1024))  # the others are blocks
         if number < low or (high is not None and (number > high or number & (number - 1))):
             span = f"a power of two from {low} to {high}" if high else f"at least {low}"
             raise ValueError(f"{op}: {name}={number} must be {span}; leave it out for the default")
@@ -140,6 +137,46 @@ def integer(op: str, name: str, value: Any) -> int:
         return operator.index(value)
     except TypeError:
         raise TypeError(f"{op}: {name}={value!r} must be an int, known while tracing") from None
+
+
+def at_least(op: str, name: str, value: Any, least: int) -> int:
+    """`value` as an int that is not less than `least`."""
+    value = integer(op, name, value)
+    if value < least:
+        raise ValueError(f"{op}: {name}={value} must be at least {least}")
+    return value
+
+
+def finite(op: str, name: str, value: Any) -> float:
+    """`value` as a finite float; TypeError for anything else, traced values included."""
+    if isinstance(value, bool | str | jax.Array) or not isinstance(value, int | float | np.number):
+        raise TypeError(f"{op}: {name}={value!r} must be a float, known while tracing")
+    if not np.isfinite(value):
+        raise ValueError(f"{op}: {name}={value} must be finite")
+    return float(value)
+
+
+def lengths(op: str, name: str, value: Any, batch: int) -> jax.Array | None:
+    """`value` (B,) of integers as int32; None stays None."""
+    if value is None:
+        return None
+    value = jnp.asarray(value)
+    if not jnp.issubdtype(value.dtype, jnp.integer):
+        raise TypeError(f"{op}: {name}.dtype={value.dtype.name} must be an integer dtype")
+    if value.shape != (batch,):
+        raise ValueError(f"{op}: {name}.shape={value.shape} must be (B,) = {(batch,)}, one number per sequence")
+    return value.astype(jnp.int32)
+
+
+def broadcastable(op: str, name: str, x: Any, shape: tuple[int, ...]) -> jax.Array | None:
+    """`x` with axes of size 1 put before its own until it has four, each 1 or that of `shape`; None stays None."""
+    if x is None:
+        return None
+    x = jnp.asarray(x)
+    full = (1,) * (len(shape) - x.ndim) + x.shape
+    if len(full) != len(shape) or any(n not in (1, m) for n, m in zip(full, shape, strict=False)):
+        raise ValueError(f"{op}: {name}.shape={x.shape} must broadcast to (B, N, T, S) = {shape}")
+    return x.reshape(full)
 
 
 def scan_axis(op: str, array: jax.Array, axis: Any) -> int:

@@ -69,8 +69,9 @@ def test_a_run_leaves_losses_that_fall_and_its_plot_scores_and_checkpoint(finish
     assert 1.0 < scores["this model (evo)"] < 8.0
 
 
-def test_linear_attention_trains(tmp_path: Path, little_held_out: None) -> None:
-    assert _demo(tmp_path, "--attention=linear") == 0
+@pytest.mark.parametrize("name", [name for name in model.ATTENTION if name != "evo"])
+def test_every_attention_trains(name: str, tmp_path: Path, little_held_out: None) -> None:
+    assert _demo(tmp_path, f"--attention={name}") == 0
     losses = _losses(tmp_path)
     assert len(losses) == _STEPS and losses[-1] < losses[0] - 0.3
 

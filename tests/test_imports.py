@@ -11,7 +11,14 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("reference", "pallas_kernels", "evo_jax")  # each may import those before it
-FLAX_FILES = ("evo_jax/modules.py", "evo_jax/factory.py", "evo_jax/linen.py", "evo_jax/demo/")
+FLAX_FILES = (
+    "evo_jax/modules.py",
+    "evo_jax/softmax_modules.py",
+    "evo_jax/projections.py",
+    "evo_jax/factory.py",
+    "evo_jax/linen.py",
+    "evo_jax/demo/",
+)
 PALLAS_FILE = "pallas_kernels/_pallas.py"
 TORCH_FILE = "evo_jax/interop.py"
 MAX_LINES = 450

@@ -1,6 +1,7 @@
 """The demo's model: a causal byte-level language model, and the registry of the attention layers it can be built on."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
@@ -8,7 +9,9 @@ import jax.numpy as jnp
 from flax import nnx
 
 from evo_jax.demo.settings import Settings
-from evo_jax.modules import EvoAttention, LinearAttention
+from evo_jax.factory import CUDA
+from evo_jax.modules import EvoAttention
+from evo_jax.rotary import rotary_embedding
 
 VOCABULARY = 256
 _SHIFTS = 4
@@ -31,20 +34,29 @@ class EvoMixer(nnx.Module):
         return self.output(self.attention(self.value(x), causal=True))
 
 
-class LinearMixer(nnx.Module):
-    """LinearAttention without its cache."""
+class FactoryMixer(nnx.Module):
+    """A layer of the CUDA factory without its cache, told the positions by rotary embeddings."""
 
-    def __init__(self, settings: Settings, dtype: Any, rngs: nnx.Rngs):
-        self.attention = LinearAttention(settings.width, settings.heads, dtype=dtype, rngs=rngs)
+    def __init__(self, name: str, settings: Settings, dtype: Any, rngs: nnx.Rngs):
+        self.head_dim = settings.width // settings.heads
+        # Windows and blocks that the demo's short sequences are longer than.
+        options = {
+            "sliding_window": {"window_size": 32},
+            "sparse": {"block_size": 16},
+            "multiscale": {"window_sizes": (16, 64)[: settings.heads // 2]},
+        }.get(name, {})
+        self.attention = CUDA.create(name, settings.width, settings.heads, dtype=dtype, rngs=rngs, **options)
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        return self.attention(x)[0]
+        # Odd heads have no pairs to turn: the token shift alone tells their order.
+        tables = None if self.head_dim % 2 else rotary_embedding(jnp.arange(x.shape[1]), self.head_dim)
+        return self.attention(x, position_embeddings=tables)[0]
 
 
 # From the name on the command line to what builds the layer, a causal (B, L, E) -> (B, L, E).
 ATTENTION: dict[str, Callable[[Settings, Any, nnx.Rngs], nnx.Module]] = {
     "evo": EvoMixer,
-    "linear": LinearMixer,
+    **{name: partial(FactoryMixer, name) for name in ("flash", "sliding_window", "sparse", "linear", "multiscale")},
 }
 
 
