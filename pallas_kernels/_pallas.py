@@ -113,7 +113,7 @@ def arange(n: int) -> jax.Array:
 
 
 def span(start: Any, size: int) -> Any:
-    """An index of `size` elements from `start` on: cheaper than an array of their numbers, and not to be mixed with one."""
+    """An index of `size` elements from `start` on: cheaper than an array of numbers, and not to be mixed with one."""
     return pl.ds(start, size)
 
 

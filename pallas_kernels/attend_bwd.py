@@ -17,6 +17,7 @@ from jax import lax
 from pallas_kernels import _pallas as plk
 from pallas_kernels import tile as t
 from pallas_kernels.attend_fwd import Plan, query_tile, refs_of
+from pallas_kernels.dots import Dots
 from pallas_kernels.tile import Refs, Task
 from reference.dense import AttendInputs
 from reference.online_softmax import LOG2_E
@@ -103,15 +104,15 @@ class _Rows(NamedTuple):
     """Queries of a tile and what the backward knows of them."""
 
     i: t.Tokens
-    q: tuple[jax.Array, ...]
-    d_out: tuple[jax.Array, ...]
+    q: t.Rows
+    d_out: t.Rows
     lse: jax.Array  # on the queries' axis; +inf where nothing is seen, so that all weights come out 0
     delta: jax.Array
 
 
 def _rows(refs: Refs, place: t.Place, tile: Any, task: Task, axis: int) -> _Rows:
     i = t.queries(refs, place, tile, task, axis)
-    q, d_out = (t.rows(x, place, i, w) for x, w in zip((refs.query, refs.out), task.widths, strict=True))
+    q, d_out = (t.rows(x, place, i, w, task) for x, w in zip((refs.query, refs.out), task.widths, strict=True))
     lse, delta = (t.vector(x, place, i) for x in (refs.lse, refs.delta))
     lse = jnp.where(lse == -jnp.inf, jnp.inf, lse)
     return _Rows(i, q, d_out, jnp.expand_dims(lse, 1 - axis), jnp.expand_dims(delta, 1 - axis))
@@ -121,13 +122,15 @@ class _Columns(NamedTuple):
     """Keys of a tile."""
 
     j: t.Tokens
-    k: tuple[jax.Array, ...]
-    v: tuple[jax.Array, ...]
+    k: t.Rows
+    v: t.Rows
 
 
 def _columns(refs: Refs, place: t.Place, tile: Any, task: Task, axis: int) -> _Columns:
     j = t.keys(refs, place, tile, task, axis)
-    return _Columns(j, *(t.rows(x, place, j, w) for x, w in zip((refs.key, refs.value), task.widths, strict=True)))
+    return _Columns(
+        j, *(t.rows(x, place, j, w, task) for x, w in zip((refs.key, refs.value), task.widths, strict=True))
+    )
 
 
 class _Weights(NamedTuple):
@@ -150,12 +153,12 @@ def _weights(
     return _Weights(p, drop(p) * scale, p * (d_p - rows.delta), slope)
 
 
-def _zeros(size: int, width: int) -> tuple[jax.Array, ...]:
-    return tuple(jnp.zeros((size, columns), jnp.float32) for _, columns in t.parts_of(width))
+def _zeros(size: int, width: int, task: Task) -> tuple[jax.Array, ...]:
+    return tuple(jnp.zeros((size, columns), jnp.float32) for _, columns in task.parts(width))
 
 
-def _plus(acc: tuple[jax.Array, ...], weights: jax.Array, parts: tuple[jax.Array, ...], task: Task) -> tuple[Any, ...]:
-    return tuple(a + task.dots(weights, part) for a, part in zip(acc, parts, strict=True))
+def _plus(acc: tuple[jax.Array, ...], weights: jax.Array, rows: t.Rows, dots: Dots) -> tuple[Any, ...]:
+    return tuple(a + dots(weights, rows.part(n)) for n, a in enumerate(acc))
 
 
 def _scaled(acc: tuple[jax.Array, ...], task: Task) -> tuple[jax.Array, ...]:
@@ -171,11 +174,11 @@ def _d_query_kernel(refs: Refs, outs: Refs, *, task: Task) -> None:
         def step(k_tile: Any, acc: Any, masked: bool) -> Any:
             columns = _columns(refs, place, k_tile, task, axis=1)
             w = _weights(rows, columns, refs, place, task, masked)
-            return _plus(acc, w.d_s * w.slope, columns.k, task)
+            return _plus(acc, w.d_s * w.slope, columns.k, task.wide_dots)
 
-        acc = _zeros(task.tiling.block_q, task.widths[0])
+        acc = _zeros(task.tiling.block_q, task.widths[0], task)
         acc = t.over_visits(step, acc, refs, place, tile, task)
-        t.store_rows(outs.query, place, rows.i, _scaled(acc, task), task.widths[0])
+        t.store_rows(outs.query, place, rows.i, _scaled(acc, task), task.widths[0], task)
 
     t.over_places(at, None, task)
 
@@ -189,14 +192,15 @@ def _d_key_value_kernel(refs: Refs, outs: Refs, *, task: Task) -> None:
         def step(q_tile: Any, acc: Any, masked: bool) -> Any:
             rows = _rows(refs, place, q_tile, task, axis=1)
             w = _weights(rows, columns, refs, place, task, masked, axis=1)
-            return _plus(acc[0], w.d_s * w.slope, rows.q, task), _plus(acc[1], w.kept, rows.d_out, task)
+            d_key = _plus(acc[0], w.d_s * w.slope, rows.q, task.wide_dots)
+            return d_key, _plus(acc[1], w.kept, rows.d_out, task.dots)
 
         return t.over_visits(step, acc, refs, place, tile, task)
 
-    zeros = tuple(_zeros(task.tiling.block_k, width) for width in task.widths)
+    zeros = tuple(_zeros(task.tiling.block_k, width, task) for width in task.widths)
     d_key, d_value = t.over_places(at, zeros, task)
-    t.store_rows(outs.key, first, columns.j, _scaled(d_key, task), task.widths[0])
-    t.store_rows(outs.value, first, columns.j, d_value, task.widths[1])
+    t.store_rows(outs.key, first, columns.j, _scaled(d_key, task), task.widths[0], task)
+    t.store_rows(outs.value, first, columns.j, d_value, task.widths[1], task)
 
 
 def _d_bias_kernel(refs: Refs, outs: Refs, *, task: Task) -> None:

@@ -29,8 +29,8 @@ class Plan:
     num_warps: int | None = None
     num_stages: int | None = None
 
-    def dots(self, inputs: AttendInputs) -> Dots:
-        return Dots.of({jnp.dtype(x.dtype).name for x in inputs[:3]}, self.interpret)
+    def dots(self, inputs: AttendInputs, bounded: bool = True) -> Dots:
+        return Dots.of({jnp.dtype(x.dtype).name for x in inputs[:3]}, self.interpret, bounded)
 
     def launch(self, kind: str, inputs: AttendInputs) -> AttendLaunch:
         own = {name: getattr(self, name) for name in ("block_q", "block_k", "num_warps", "num_stages")}
@@ -53,6 +53,7 @@ class Plan:
             loops=t.loops_of(visits, inputs.mask),
             launch=self.launch(kind, inputs),
             dots=self.dots(inputs),
+            wide_dots=self.dots(inputs, bounded=False),
         )
 
 
@@ -101,21 +102,22 @@ def _tile(refs: Refs, outs: Refs, place: t.Place, task: Task) -> None:
     width, value_width = task.widths
     tile = query_tile(task)
     i = t.queries(refs, place, tile, task, axis=0)
-    q = t.rows(refs.query, place, i, width)
+    q = t.rows(refs.query, place, i, width, task)
 
     def step(k_tile: Any, state: SoftmaxState, masked: bool) -> SoftmaxState:
         j = t.keys(refs, place, k_tile, task, axis=1)
-        products = t.product(task, q, t.rows(refs.key, place, j, width))
+        products = t.product(task, q, t.rows(refs.key, place, j, width, task))
         scores, _ = t.scores(products, refs, place, i, j, task, masked)
 
         def dot(weights: jax.Array) -> tuple[jax.Array, ...]:
             weights = t.dropped(weights, refs, place, i, j, task)
-            return tuple(task.dots(weights, v) for v in t.rows(refs.value, place, j, value_width))
+            v = t.rows(refs.value, place, j, value_width, task)
+            return tuple(task.dots(weights, v.part(n)) for n in range(len(v.parts)))
 
         return update(state, scores, dot)
 
     size = task.tiling.block_q
-    acc = tuple(jnp.zeros((size, columns), jnp.float32) for _, columns in t.parts_of(value_width))
+    acc = tuple(jnp.zeros((size, columns), jnp.float32) for _, columns in task.parts(value_width))
     state = SoftmaxState(jnp.full((size,), -jnp.inf, jnp.float32), jnp.zeros((size,), jnp.float32), acc)
     state = t.over_visits(step, state, refs, place, tile, task)
     if refs.q_lengths is not None:  # tiles that need no mask count for these rows too
@@ -125,7 +127,7 @@ def _tile(refs: Refs, outs: Refs, place: t.Place, task: Task) -> None:
         sink = plk.load_one(refs.sinks, *place.of(refs.sinks, None, 0)).astype(jnp.float32) * LOG2_E
     parts, lse = finish(state, sink)
     parts = tuple(part * (1 / (1 - task.spec.dropout_rate)) for part in parts)
-    t.store_rows(outs.out, place, i, parts, value_width)
+    t.store_rows(outs.out, place, i, parts, value_width, task)
     t.store_vector(outs.lse, place, i, lse)
 
 

@@ -120,9 +120,11 @@ class AttendLaunch:
     num_warps: int
     num_stages: int
     interpret: bool
+    widest: int = 256  # most columns of one part of a row
+    reread: bool = False  # rows are read wherever they are used, not held
 
     def __post_init__(self) -> None:
-        _check_tiles(self, ("block_q", "block_k"))
+        _check_tiles(self, ("block_q", "block_k", "widest"))
 
 
 def attend_launch(
@@ -138,28 +140,38 @@ def attend_launch(
 ) -> AttendLaunch:
     """The default launch of "forward", "d_query", "d_key_value" or "d_bias", with the caller's own choices over it.
 
-    `width` is the wider of key and value.
+    `width` is the wider of key and value. Where a program sums into so many registers that few are left, it holds no
+    rows but reads them again wherever they are used: in the gradients of wide rows, sooner for operands that are split
+    into three for TF32.
     """
-    size = next(size for size in (64, 128, 256) if width <= size)
-    chosen = _ATTEND[precision][kind][size]
+    size, split = next(size for size in (64, 128, 256) if width <= size), precision == "tf32x3"
+    reread = size > (128 if split else 256) // (1 if kind == "forward" else 2)
     given = (block_q, block_k, num_warps, num_stages)
-    numbers = (default if own is None else own for default, own in zip(chosen, given, strict=True))
-    return AttendLaunch(*numbers, interpret=interpret)
+    q, k, warps, stages = (
+        default if own is None else own for default, own in zip(_ATTEND[precision][kind][size], given, strict=True)
+    )
+    return AttendLaunch(q, k, warps, stages, interpret, 64 if reread or split else 256, reread)
 
 
-# Precision of dot products, kernel, most columns: queries and keys of a tile, warps, stages.
+# Precision of dot products, kernel, most columns: queries and keys of a tile, warps, stages. A tensor-core product of
+# Hopper needs 64 rows: queries, but keys in "d_key_value"; with fewer it is that of Ampere.
 _ATTEND = {
     "bf16": {
         "forward": {64: (128, 64, 8, 2), 128: (128, 64, 8, 2), 256: (64, 32, 8, 2)},
-        "d_query": {64: (128, 64, 8, 2), 128: (64, 64, 8, 2), 256: (64, 32, 8, 1)},
-        "d_key_value": {64: (64, 64, 8, 2), 128: (64, 64, 8, 1), 256: (32, 64, 8, 1)},
-        "d_bias": {64: (64, 64, 8, 1), 128: (64, 64, 8, 1), 256: (32, 32, 8, 1)},
+        "d_query": {64: (128, 64, 8, 2), 128: (64, 64, 8, 2), 256: (32, 64, 8, 2)},
+        "d_key_value": {64: (32, 64, 8, 2), 128: (32, 64, 8, 2), 256: (32, 32, 8, 2)},
+        "d_bias": {64: (64, 64, 8, 1), 128: (64, 64, 8, 1), 256: (64, 32, 8, 1)},
     },
-    "tf32": {
-        "forward": {64: (64, 32, 8, 2), 128: (64, 32, 8, 2), 256: (64, 16, 8, 1)},
-        "d_query": {64: (64, 32, 8, 1), 128: (64, 32, 8, 1), 256: (32, 16, 8, 1)},
-        "d_key_value": {64: (32, 64, 8, 1), 128: (32, 32, 8, 1), 256: (16, 32, 8, 1)},
-        "d_bias": {64: (32, 32, 8, 1), 128: (32, 32, 8, 1), 256: (16, 16, 8, 1)},
+    "fp16": {
+        "forward": {64: (128, 64, 8, 2), 128: (128, 64, 8, 2), 256: (64, 32, 8, 2)},
+        "d_query": {64: (64, 64, 8, 2), 128: (64, 32, 8, 2), 256: (64, 32, 8, 1)},
+        "d_key_value": {64: (32, 64, 8, 2), 128: (32, 64, 8, 1), 256: (16, 32, 8, 2)},
+        "d_bias": {64: (64, 64, 8, 1), 128: (64, 64, 8, 1), 256: (64, 32, 8, 1)},
+    },
+    "tf32x3": {
+        "forward": {64: (64, 32, 8, 2), 128: (64, 16, 8, 2), 256: (32, 16, 8, 2)},
+        "d_query": {64: (64, 16, 8, 1), 128: (32, 16, 8, 1), 256: (32, 16, 8, 1)},
+        "d_key_value": {64: (32, 32, 8, 1), 128: (16, 32, 8, 1), 256: (16, 32, 8, 1)},
+        "d_bias": {64: (32, 32, 8, 1), 128: (32, 32, 8, 1), 256: (32, 32, 8, 1)},
     },
 }
-_ATTEND["tf32x3"] = _ATTEND["tf32"]

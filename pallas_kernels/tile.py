@@ -35,12 +35,20 @@ class Task:
     programs: tuple[int, int]  # along heads and sequences
     loops: tuple[bool, bool]  # whether some tiles need the mask, and whether some do not
     launch: AttendLaunch
-    dots: Dots
+    dots: Dots  # of rows, and of weights with rows
+    wide_dots: Dots  # of gradients of scores with rows
 
     @property
     def share(self) -> tuple[int, int]:
         """Query heads and sequences of one program."""
         return self.tiling.heads // self.programs[0], self.tiling.batch // self.programs[1]
+
+    def parts(self, width: int) -> list[tuple[int, int]]:
+        """(start, size) of parts of a row; of one size where they are read in a loop."""
+        size = self.launch.widest
+        if self.launch.reread:
+            return [(start, size) for start in range(0, width, size)]
+        return parts_of(width, size)
 
     @property
     def base_2(self) -> AttendSpec:
@@ -106,18 +114,18 @@ def _spec(array: Any, axes: str, task: Task) -> Any:
         if axis == ".":
             return None
         if axis == "w":
-            return sum(size for _, size in parts_of(n))
+            return sum(size for _, size in task.parts(n))
         programs = task.programs["hb".index(axis)]
         return plk.Along(1 + "hb".index(axis), max(programs // n, 1), max(n // programs, 1))
 
     return plk.block(array, *(along(axis, n) for axis, n in zip(axes, array.shape, strict=True)))
 
 
-def parts_of(width: int) -> list[tuple[int, int]]:
+def parts_of(width: int, widest: int) -> list[tuple[int, int]]:
     """(start, size) of parts of a row: powers of two from 16 on, so that 80 columns take 64 and 16, not 128."""
     parts, start, rest = [], 0, -(-width // 16) * 16
     while rest:
-        size = 1 << (rest.bit_length() - 1)
+        size = min(1 << (rest.bit_length() - 1), widest)
         parts.append((start, size))
         start, rest = start + size, rest - size
     return parts
@@ -233,24 +241,38 @@ def _random_blocks(table: Any, place: Place, position: jax.Array, inside: jax.Ar
     return tuple(drawn(r) for r in range(task.pattern.num_random))
 
 
-def rows(ref: Any, place: Place, tokens: Tokens, width: int) -> tuple[jax.Array, ...]:
-    """The parts of the tokens' rows of (B, L, heads, width), 0 for tokens that do not exist."""
-    (b, h), size = place.of(ref, 0, 2), tokens.index.shape[0]
+@dataclass(frozen=True, slots=True)
+class Rows:
+    """Rows of (B, L, heads, width) in parts: held, or read again wherever they are used."""
 
-    def part(start: int, columns: int) -> jax.Array:
+    size: int
+    parts: list[tuple[int, int]]
+    load: Callable[[Any, int], jax.Array]  # of (first column, columns); 0 for tokens that do not exist
+    held: tuple[jax.Array, ...] | None
+
+    def part(self, n: int) -> jax.Array:
+        return self.load(*self.parts[n]) if self.held is None else self.held[n]
+
+
+def rows(ref: Any, place: Place, tokens: Tokens, width: int, task: Task) -> Rows:
+    """Those of a tile of tokens."""
+    (b, h), size, parts = place.of(ref, 0, 2), tokens.index.shape[0], task.parts(width)
+    ragged = sum(columns for _, columns in parts) > width
+
+    def load(start: Any, columns: int) -> jax.Array:
         here = tokens.here[:, None]
-        if start + columns > width:
+        if ragged:
             here = here & (plk.arange(columns) < width - start)[None, :]
         index = (b, plk.span(tokens.start, size), h, plk.span(start, columns))
         return plk.load(ref, index, jnp.broadcast_to(here, (size, columns)))
 
-    return tuple(part(*part_of) for part_of in parts_of(width))
+    return Rows(size, parts, load, None if task.launch.reread else tuple(load(*part) for part in parts))
 
 
-def store_rows(ref: Any, place: Place, tokens: Tokens, parts: tuple[jax.Array, ...], width: int) -> None:
+def store_rows(ref: Any, place: Place, tokens: Tokens, parts: tuple[jax.Array, ...], width: int, task: Task) -> None:
     """Write parts of the tokens' rows, where the array has such."""
     (b, h), size = place.of(ref, 0, 2), tokens.index.shape[0]
-    for (start, columns), value in zip(parts_of(width), parts, strict=True):
+    for (start, columns), value in zip(task.parts(width), parts, strict=True):
         ok = tokens.inside[:, None] & (plk.arange(columns) < width - start)[None, :]
         plk.store(ref, (b, plk.span(tokens.start, size), h, plk.span(start, columns)), value, ok)
 
@@ -329,9 +351,16 @@ def loops_of(visits: Any, mask: Any) -> tuple[bool, bool]:
     return some, free and bool((stop > start).any())
 
 
-def product(task: Task, a: tuple[jax.Array, ...], b: tuple[jax.Array, ...]) -> jax.Array:
-    """a b^T of rows in parts."""
-    return reduce(add, (task.dots(x, y, (1, 1)) for x, y in zip(a, b, strict=True)))
+def product(task: Task, a: Rows, b: Rows) -> jax.Array:
+    """a b^T. Rows that are not held are read in a loop: nothing less keeps the compiler from holding them."""
+    if a.held is not None and b.held is not None:
+        return reduce(add, (task.dots(x, y, (1, 1)) for x, y in zip(a.held, b.held, strict=True)))
+    _, columns = a.parts[0]
+
+    def add_part(n: Any, total: jax.Array) -> jax.Array:
+        return total + task.dots(a.load(n * columns, columns), b.load(n * columns, columns), (1, 1))
+
+    return lax.fori_loop(0, len(a.parts), add_part, jnp.zeros((a.size, b.size), jnp.float32))
 
 
 def scores(
