@@ -19,7 +19,10 @@ from reference.mask import Mask, Pattern, allowed
 
 _PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
 TOLERANCES: dict[str, float] = {"out": 1e-4, "x": 1e-4, **dict.fromkeys(_PROJECTIONS, 1e-4)}
-OP_TOLERANCES: dict[str, float] = dict.fromkeys(("out", "query", "key", "value"), 1e-4)
+OP_TOLERANCES = {
+    dtype: dict.fromkeys([*("out", "query", "key", "value")], tolerance)
+    for dtype, tolerance in (("float32", 1e-4), ("bfloat16", 2e-2))
+}
 WINDOW = 256
 
 
@@ -133,13 +136,14 @@ def jax_op(name: str, shape: EvoShape, gradient: bool, function: Callable[..., j
     return Contender(name, run, lambda: {k: np.asarray(a, np.float32) for k, a in run().items()})
 
 
-def torch_op(name: str, shape: EvoShape, gradient: bool, attention: Any) -> Contender:
-    """attention(query, key, value) of (B, H, L, D) in torch on a CPU, two threads."""
+def torch_op(name: str, shape: EvoShape, gradient: bool, attention: Any, device: str = "cpu") -> Contender:
+    """attention(query, key, value) of (B, H, L, D) in torch, with two threads on a CPU."""
     import torch
 
     from benchmarks import peers
 
-    arrays = [torch_tensor(a, dtype=None, device="cpu").transpose(1, 2).contiguous() for a in op_arrays(shape)]
+    dtype = getattr(torch, shape.dtype)
+    arrays = [torch_tensor(a, dtype=dtype, device=device).transpose(1, 2).contiguous() for a in op_arrays(shape)]
 
     def compute() -> dict[str, Any]:
         if not gradient:
@@ -150,7 +154,13 @@ def torch_op(name: str, shape: EvoShape, gradient: bool, attention: Any) -> Cont
         grads = torch.autograd.grad(out, leaves, arrays[3])
         return {"out": out, **dict(zip(("query", "key", "value"), grads, strict=True))}
 
-    def result() -> dict[str, np.ndarray]:
-        return {k: a.detach().transpose(1, 2).numpy() for k, a in compute().items()}
+    def run() -> dict[str, Any]:
+        done = compute()
+        if device != "cpu":
+            torch.cuda.synchronize()
+        return done
 
-    return Contender(name, peers.two_threads(compute), result)
+    def result() -> dict[str, np.ndarray]:
+        return {k: a.detach().transpose(1, 2).float().cpu().numpy() for k, a in compute().items()}
+
+    return Contender(name, peers.two_threads(run) if device == "cpu" else run, result)

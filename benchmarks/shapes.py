@@ -38,3 +38,9 @@ GPU_PREFIX = (
     EvoShape(1, 1, 1048576, 64, "float32"),
     EvoShape(2, 8, 65536, 128, "float32"),
 )
+GPU_ATTENTION = (
+    EvoShape(1, 32, 8192, 128, "bfloat16"),
+    EvoShape(4, 16, 2048, 64, "bfloat16"),
+    EvoShape(1, 8, 32768, 64, "bfloat16"),
+    EvoShape(1, 16, 4096, 64, "float32"),
+)

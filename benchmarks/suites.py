@@ -73,14 +73,14 @@ def _cpu_ops(options: Options) -> Iterator[dict[str, Any]]:
                 layers.torch_op("torch SDPA", shape, gradient, peers.torch_sdpa),
                 layers.jax_op("evo_jax reference", shape, gradient, flash),
             ]
-            yield compare(_name("flash", shape, gradient), pair, layers.OP_TOLERANCES, rounds)
+            yield compare(_name("flash", shape, gradient), pair, layers.OP_TOLERANCES[shape.dtype], rounds)
     for shape in _within(shapes.CPU_LAYERS[1:], options):
         flex = peers.torch_flex(layers.WINDOW, shape.length)
         pair = [
             layers.torch_op("torch FlexAttention", shape, False, flex),
             layers.jax_op("evo_jax reference", shape, False, sliding),
         ]
-        yield compare(_name("sliding_window", shape, False), pair, layers.OP_TOLERANCES, rounds)
+        yield compare(_name("sliding_window", shape, False), pair, layers.OP_TOLERANCES[shape.dtype], rounds)
         alone = [layers.jax_op("evo_jax reference", shape, True, sliding)]
         yield compare(_name("sliding_window", shape, True), alone, {}, rounds)
 
@@ -108,6 +108,35 @@ def gpu(options: Options) -> Iterator[dict[str, Any]]:
             # Eager torch keeps its prefixes in bfloat16: there is nothing to agree with there, so it is not a gate.
             rows = rows if shape.dtype == "float32" else rows[:2]
             yield compare(_name("evo", shape, gradient), rows, contenders.EVO_TOLERANCES[shape.dtype], options.rounds)
+    yield from _gpu_attention(options)
+
+
+def _gpu_attention(options: Options) -> Iterator[dict[str, Any]]:
+    """The attention kernels, of which each has its peer: cuDNN through jax.nn, torch's own, or our flash attention."""
+    from benchmarks import peers
+
+    ours = {
+        "flash": evo_jax.flash_attention,
+        "sliding_window": partial(evo_jax.sliding_window_attention, window_size=512),
+        "sparse": evo_jax.sparse_attention,
+        "multiscale": evo_jax.multiscale_attention,
+        "linear": evo_jax.linear_attention,
+    }
+    cudnn = partial(jax.nn.dot_product_attention, is_causal=True, implementation="cudnn")
+    for shape in _within(shapes.GPU_ATTENTION, options):
+        for gradient in (False, True):
+            tolerances = layers.OP_TOLERANCES[shape.dtype]
+            flash = layers.jax_op("evo_jax triton", shape, gradient, partial(ours["flash"], implementation="triton"))
+            others = [layers.torch_op("torch SDPA", shape, gradient, peers.torch_sdpa, "cuda")]
+            if shape.dtype == "bfloat16":
+                others.append(layers.jax_op("jax.nn cudnn", shape, gradient, cudnn))
+            yield compare(_name("flash", shape, gradient), [*others, flash], tolerances, options.rounds)
+            for name, function in list(ours.items())[1:]:
+                pair = [
+                    layers.jax_op(f"evo_jax {how}", shape, gradient, partial(function, implementation=how))
+                    for how in ("reference", "triton")
+                ]
+                yield compare(_name(name, shape, gradient), pair, tolerances, max(options.rounds // 5, 1))
 
 
 _BY_LENGTH: dict[str, Any] = {

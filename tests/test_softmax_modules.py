@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -37,7 +38,7 @@ KINDS = {  # name of the module: (its options, the function, the function's opti
 every_kind = pytest.mark.parametrize("kind", KINDS)
 
 
-def layer_of(kind, **options):
+def layer_of(kind, **options) -> Any:
     return getattr(evo_jax, kind)(E, N, num_kv_heads=K, rngs=nnx.Rngs(1), **KINDS[kind][0], **options)
 
 
@@ -168,7 +169,7 @@ def test_the_linen_twin_gives_the_same_numbers_from_the_same_parameters(kind):
 )
 def test_the_factory_has_the_names_and_defaults_of_the_original(names, kind, defaults):
     for name in names:
-        layer = CUDA.create(attn_type=name, hidden_size=E, num_heads=N, num_kv_heads=K)
+        layer: Any = CUDA.create(attn_type=name, hidden_size=E, num_heads=N, num_kv_heads=K)
         assert type(layer) is kind and layer.num_kv_heads == K
         assert {key: getattr(layer, key) for key in defaults} == defaults
     same = getattr(evo_jax.Triton, names[0])(E, N, K, rngs=nnx.Rngs(0))
@@ -243,7 +244,7 @@ def test_the_layers_of_the_original_are_reproduced_in_float64(golden_dir, x64):
         wide = {k: a.astype(jnp.float64) if a.dtype == jnp.float32 else a for k, a in arrays.items()}
         for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
             getattr(layer, name).kernel[...] = wide[f"w.{name}.weight"].T
-        options = {"attention_mask": wide.get("mask")}
+        options: dict[str, Any] = {"attention_mask": wide.get("mask")}
         options["position_embeddings"] = (wide["cos"], wide["sin"]) if "cos" in wide else None
 
         def run(layer, x, options=options, cotangent=wide["ct"]):
