@@ -104,6 +104,8 @@ def load(ref: Any, index: tuple[Any, ...], mask: Any) -> jax.Array:
 
 def store(ref: Any, index: tuple[Any, ...], value: jax.Array, mask: Any) -> None:
     """`ref[index] = value` where `mask` is True, cast to the ref's dtype; nothing else is written."""
+    # In the interpreter with x64 on, a start that is a Python number would be 64-bit, unlike the others.
+    index = tuple(pl.ds(jnp.asarray(i.start, jnp.int32), i.size) if isinstance(i, pl.Slice) else i for i in index)
     pltriton.store(ref.at[index], value.astype(ref.dtype), mask=mask)
 
 

@@ -10,8 +10,8 @@ import jax.numpy as jnp
 from pallas_kernels.attend_bwd import Gradients, backward
 from pallas_kernels.attend_fwd import Plan, forward
 from pallas_kernels.tile import LN_2
+from reference.blocked import attend_blocked
 from reference.dense import AttendInputs, attend_dense
-from reference.dense import attend_dense as attend_blocked
 from reference.logits import AttendSpec
 from reference.mask import Mask
 from reference.online_softmax import LOG2_E
