@@ -101,7 +101,36 @@ def _linear(
     return build
 
 
+def _attend(op: str, kv_heads: int = 32, *, gradient: bool = True, arrays: Any = None, **options: Any) -> Build:
+    """Softmax attention of one sequence of 8,192 tokens, 32 heads: the forward alone, or output and every gradient.
+
+    `arrays` maps options to shapes and dtypes, None for that of the query; those of floats are differentiated.
+    """
+
+    def build(dtype: str, width: int) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+        query, key = (jax.ShapeDtypeStruct((1, 8192, heads, width), dtype) for heads in (32, kv_heads))
+        given = {name: jax.ShapeDtypeStruct(dims, kind or dtype) for name, (dims, kind) in (arrays or {}).items()}
+        fixed = {name: x for name, x in given.items() if not jax.numpy.issubdtype(x.dtype, jax.numpy.floating)}
+        free = {name: x for name, x in given.items() if name not in fixed}
+
+        def forward(query: Any, key: Any, value: Any, free: Any, fixed: Any) -> Any:
+            attention = getattr(evo_jax, op)
+            return attention(query, key, value, implementation="triton", **free, **fixed, **options)
+
+        def both(query: Any, key: Any, value: Any, free: Any, fixed: Any, cotangent: Any) -> Any:
+            out, vjp = jax.vjp(lambda q, k, v, free: forward(q, k, v, free, fixed), query, key, value, free)
+            return out, vjp(cotangent)
+
+        args = (query, key, key, free, fixed)
+        return (both, (*args, query)) if gradient else (forward, args)
+
+    return build
+
+
 WIDTHS = (64, 80, 128)
+TOKENS = ((1, 8192), "int32")
+EVERYTHING = {"segment_ids": TOKENS, "bias": ((1, 1, 1, 8192), None), "sinks": ((32,), "float32"),
+              "key_value_seq_lengths": ((1,), "int32"), "dropout_seed": ((), "uint32")}  # fmt: skip
 
 CONFIGS: list[Config] = [
     Config("prefix_sum", _prefix_sum(lambda width: (16, 65536, width), 1), widths=WIDTHS, temp_ratio=0.07),
@@ -136,5 +165,28 @@ CONFIGS: list[Config] = [
         dtypes=("float16",),
         widths=(128,),
         temp_ratio=2.2,  # gradients of features, in float32
+    ),
+    # Softmax attention: 2 MB and 8 MB for bfloat16 of width 128, as above.
+    Config("flash_forward", _attend("flash_attention", gradient=False), ("bfloat16",), (128,), temp_ratio=0.03),
+    Config("flash_gradient", _attend("flash_attention"), temp_ratio=0.12),
+    Config("sliding_gradient", _attend("sliding_window_attention", window_size=512), ("bfloat16",), (128,), 0.12),
+    Config("sparse_gradient", _attend("sparse_attention"), ("bfloat16",), (128,), 0.12),
+    Config("sparse_gradient_full_grouped", _attend("sparse_attention", 8, is_causal=False), ("float32",), (80,), 0.12),
+    Config("multiscale_gradient", _attend("multiscale_attention"), ("bfloat16",), (128, 256), 0.12),
+    Config(
+        "sliding_gradient_everything",
+        _attend(
+            "sliding_window_attention", 8, arrays=EVERYTHING, window_size=512, logits_soft_cap=30.0, dropout_rate=0.1
+        ),
+        ("float16",),
+        (96,),
+        0.12,
+    ),
+    Config(
+        "flash_gradient_mask",
+        _attend("flash_attention", arrays={"mask": ((1, 1, 8192, 8192), "bool")}),
+        ("float32",),
+        (256,),
+        0.12,
     ),
 ]

@@ -35,7 +35,8 @@ class Plan:
     def launch(self, kind: str, inputs: AttendInputs) -> AttendLaunch:
         own = {name: getattr(self, name) for name in ("block_q", "block_k", "num_warps", "num_stages")}
         width = max(inputs.key.shape[3], inputs.value.shape[3])
-        return attend_launch(kind, width, self.dots(inputs).precision, interpret=self.interpret, **own)
+        plain = inputs.bias is None and self.spec.soft_cap is None and not self.spec.dropout_rate
+        return attend_launch(kind, width, self.dots(inputs).precision, interpret=self.interpret, plain=plain, **own)
 
     def tiling(self, kind: str, inputs: AttendInputs) -> Tiling:
         (batch, queries, heads, _), (keys, kv_heads) = inputs.query.shape, inputs.key.shape[1:3]

@@ -133,6 +133,7 @@ def attend_launch(
     precision: str,
     *,
     interpret: bool,
+    plain: bool = True,
     block_q: int | None = None,
     block_k: int | None = None,
     num_warps: int | None = None,
@@ -142,14 +143,15 @@ def attend_launch(
 
     `width` is the wider of key and value. Where a program sums into so many registers that few are left, it holds no
     rows but reads them again wherever they are used: in the gradients of wide rows, sooner for operands that are split
-    into three for TF32.
+    into three for TF32. The forward takes narrower tiles unless the call is `plain` (no bias, soft cap or dropout).
     """
     size, split = next(size for size in (64, 128, 256) if width <= size), precision == "tf32x3"
     reread = size > (128 if split else 256) // (1 if kind == "forward" else 2)
+    chosen = _ATTEND[precision][kind][size]
+    if kind == "forward" and not plain:
+        chosen = (chosen[0], min(chosen[1], 32), *chosen[2:])
     given = (block_q, block_k, num_warps, num_stages)
-    q, k, warps, stages = (
-        default if own is None else own for default, own in zip(_ATTEND[precision][kind][size], given, strict=True)
-    )
+    q, k, warps, stages = (default if own is None else own for default, own in zip(chosen, given, strict=True))
     return AttendLaunch(q, k, warps, stages, interpret, 64 if reread or split else 256, reread)
 
 
@@ -165,7 +167,7 @@ _ATTEND = {
     "fp16": {
         "forward": {64: (128, 64, 8, 2), 128: (128, 64, 8, 2), 256: (64, 32, 8, 2)},
         "d_query": {64: (64, 64, 8, 2), 128: (64, 32, 8, 2), 256: (64, 32, 8, 1)},
-        "d_key_value": {64: (32, 64, 8, 2), 128: (32, 64, 8, 1), 256: (16, 32, 8, 2)},
+        "d_key_value": {64: (32, 64, 8, 2), 128: (16, 64, 8, 2), 256: (16, 32, 8, 2)},
         "d_bias": {64: (64, 64, 8, 1), 128: (64, 64, 8, 1), 256: (64, 32, 8, 1)},
     },
     "tf32x3": {

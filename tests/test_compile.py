@@ -37,7 +37,7 @@ def test_every_configuration_compiles_within_its_budgets(tmp_path, capsys):
             for name, counts in products.items():
                 if name in ("evo_output", "evo_gate", "evo_bwd_gate", "evo_bwd_ratio", "evo_bwd_weight"):
                     assert counts["wgmma"] + counts["mma.sync"] > 0, f"{row['case']}: {name} has no tensor-core dot"
-        if row["case"].startswith("linear"):
+        if row["case"].startswith(("linear", "flash", "sliding", "sparse", "multiscale")):
             assert all(
                 k["instructions"]["wgmma"] + k["instructions"]["mma.sync"] > 0 for k in row["report"]["kernels"]
             ), row["case"]
@@ -95,6 +95,52 @@ def test_no_linear_access_can_leave_its_array(width, causal):
     assert {name: found for name, text in modules if (found := unsafe(text))} == {}
 
 
+def _attend_gradient(width, dtype, causal=True, bias_shape=(1, 4, LENGTH, 777)):
+    """(fn, args): output and every gradient of sparse attention, grouped heads, with all that narrows a mask."""
+    shape = lambda *dims, dtype=dtype: jax.ShapeDtypeStruct(dims, dtype)  # noqa: E731
+    query, key, value = shape(2, LENGTH, 4, width), shape(2, 777, 2, width), shape(2, 777, 2, 24)
+    segments = tuple(shape(2, n, dtype="int32") for n in (LENGTH, 777))
+    fixed = {"mask": shape(1, 1, LENGTH, 777, dtype="bool"), "segment_ids": segments,
+             "query_seq_lengths": shape(2, dtype="int32"), "dropout_seed": shape(dtype="uint32")}  # fmt: skip
+    free = {"bias": shape(*bias_shape), "sinks": shape(4, dtype="float32")}
+
+    def both(query, key, value, free, fixed, cotangent):
+        call = partial(evo_jax.sparse_attention, is_causal=causal, dropout_rate=0.1, implementation="triton", **fixed)
+        out, vjp = jax.vjp(lambda q, k, v, free: call(q, k, v, **free), query, key, value, free)
+        return out, vjp(cotangent)
+
+    return both, (query, key, value, free, fixed, shape(2, LENGTH, 4, 24))
+
+
+ATTEND_AUDITS = (
+    *((width, True, (1, 4, LENGTH, 777)) for width in (1, 24, 100, 256)),
+    (80, False, (2, 1, 1, 777)),
+    (16, False, (2, 4, LENGTH, 1)),
+)
+
+
+@pytest.mark.parametrize("width, causal, bias_shape", ATTEND_AUDITS, ids=str)
+def test_no_attend_access_can_leave_its_array(width, causal, bias_shape):
+    modules = ttir(*_attend_gradient(width, "float32", causal, bias_shape))
+    assert {name for name, _ in modules} == {
+        f"attend_{name}" for name in ("forward", "d_query", "d_key_value", "d_bias")
+    }
+    assert {name: found for name, text in modules if (found := unsafe(text))} == {}
+
+
+@pytest.mark.skipif(missing_wheels() is not None, reason=f"compiling for CUDA needs wheels: {missing_wheels()}")
+def test_gradients_that_nobody_asks_for_are_not_computed():
+    """Nor is that of a bias: the compiler drops whole kernels, which `compile_for` lowered and then misses."""
+    x, bias = (jax.ShapeDtypeStruct(shape, "bfloat16") for shape in ((1, LENGTH, 2, 64), (1, 1, LENGTH, LENGTH)))
+
+    def d_query(query, bias):
+        run = lambda q: evo_jax.flash_attention(q, query, query, bias=bias, implementation="triton")  # noqa: E731
+        return jax.grad(lambda q: run(q).astype("float32").sum())(query)
+
+    with pytest.raises(RuntimeError, match=r"\['attend_d_bias', 'attend_d_key_value'\]"):
+        compile_for(d_query, (x, bias))
+
+
 @pytest.mark.skipif(missing_wheels() is not None, reason=f"compiling for CUDA needs wheels: {missing_wheels()}")
 def test_heads_that_fill_the_gpu_keep_no_state_in_memory():
     """Temporary memory of the forward: none, at any length."""
@@ -124,7 +170,7 @@ def test_offsets_past_two_billion_elements_are_64_bit(dtype):
 
 
 @pytest.mark.parametrize("dtype, precision", [("bfloat16", "bf16"), ("float16", "= tf32"), ("float32", "tf32x3")])
-@pytest.mark.parametrize("gradient", [_gradient, _linear_gradient], ids=["evo", "linear"])
+@pytest.mark.parametrize("gradient", [_gradient, _linear_gradient, _attend_gradient], ids=["evo", "linear", "attend"])
 def test_dot_products_take_the_precision_of_their_inputs(gradient, dtype, precision):
     fn, args = gradient(64, dtype)
     dots = [dot for _, text in ttir(fn, args) for dot in dot_precisions(text)]
