@@ -40,7 +40,9 @@ def attend_blocked(
         kv = slice(first // group, -(-last // group))
         arrays = Inputs(query[:, :, first:last], key[:, :, kv], value[:, :, kv], _heads(bias, first, last))
         results.append(walk(plan, arrays, replace(mask, pattern=pattern, keep=_heads(mask.keep, first, last)), seed))
-    out, lse = (jnp.concatenate(x, axis=2) if len(x) > 1 else x[0] for x in zip(*results, strict=True))
+    out, lse = results[0]
+    if len(results) > 1:
+        out, lse = (jnp.concatenate(x, axis=2) for x in zip(*results, strict=True))
     if sinks is not None:
         out, lse = _with_sinks(out, lse, sinks.astype(lse.dtype))
     return out.astype(query.dtype), lse
@@ -68,12 +70,12 @@ def _plan(pattern: Pattern, spec: AttendSpec, first_head: int, sizes: Any, given
     block_q = given[0] or min(max(64, min(size, 256)) if pattern.num_random or near else 256, tokens)
     block_k = given[1] or min(max(16, min(size, 64)) if pattern.num_random else 64, keys)
     if given[2] or not pattern.banded:
-        return Plan(spec, first_head, tokens, keys, block_q, block_k, given[2] or _up(min(512, keys), block_k))
+        return Plan(spec, first_head, tokens, keys, block_q, block_k, given[2] or _up(min(512, keys), block_k), True)
     tiling = Tiling(1, 1, 1, tokens, keys, block_q, block_k)
     bounds = key_visits(Mask(replace(pattern, num_global=0, num_random=0)), tiling).bounds
     extent = int(np.max(bounds[..., 3] - bounds[..., 0])) * block_k
     width = extent if 0 < extent <= WIDEST else _up(min(512, keys), block_k)
-    return Plan(spec, first_head, tokens, keys, block_q, block_k, width)
+    return Plan(spec, first_head, tokens, keys, block_q, block_k, width, width < extent)
 
 
 def _up(n: int, multiple: int) -> int:

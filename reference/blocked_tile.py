@@ -1,7 +1,7 @@
 """One tile of queries against one slab of keys: which keys, their scores, and the forward and backward of both.
 
 Of one sequence, Q queries and C keys, and G = N // K heads that share a key head: arrays of a tile are (K, G Q, width),
-those of a slab (K, width, C), scores (K, G Q, C).
+those of a slab (K, C, width), scores (K, G Q, C).
 """
 
 from dataclasses import dataclass, replace
@@ -29,14 +29,15 @@ class Plan:
     block_q: int
     block_k: int  # of the tiles that are visited
     width: int  # keys of a slab of neighbours, a multiple of block_k
+    frees: bool  # slabs may be free of a mask
 
 
 class Blocks(NamedTuple):
     """The arrays of a call, cut by slabs: all float32 or all float64, padded to whole tiles, zeros in padding."""
 
     query: Any  # (B, T', N, D)
-    key: Any  # (B, K, D, S')
-    value: Any  # (B, K, V, S')
+    key: Any  # (B, K, S', D)
+    value: Any  # (B, K, S', V)
     bias: Any  # (B or 1, N or 1, T' or 1, S' or 1) or None
 
 
@@ -56,6 +57,7 @@ class Slab(NamedTuple):
     numbers: Any
     index: Array  # (K or 1, 1, 1, C) int32
     live: Array  # of the same shape: those of this visit
+    free: bool = False  # the tile sees all of them
 
 
 def load_tile(plan: Plan, mask: Mask, table: Any, blocks: Blocks, b: Any, number: Any) -> Tile:
@@ -68,7 +70,7 @@ def load_tile(plan: Plan, mask: Mask, table: Any, blocks: Blocks, b: Any, number
 
 
 def neighbours(plan: Plan, begin: Any, end: Any, padded: int) -> Slab:
-    """The keys begin <= j < end, fewer than plan.width."""
+    """The keys begin <= j < end, at most plan.width."""
     start = jnp.minimum(begin, padded - plan.width)
     j = start + lax.broadcasted_iota(jnp.int32, (1, 1, 1, plan.width), 3)
     return Slab(start, None, j, (j >= begin) & (j < jnp.minimum(end, plan.keys)))
@@ -78,22 +80,22 @@ def scattered(plan: Plan, numbers: Array, live: Array) -> Slab:
     """The keys of the tiles `numbers` (K or 1, E) that are `live`."""
     j = numbers[:, :, None] * plan.block_k + jnp.arange(plan.block_k, dtype=jnp.int32)
     here = live[:, :, None] & (j < plan.keys)
-    return Slab(None, numbers, *(x.reshape(len(numbers), 1, 1, -1) for x in (j, here)))
+    shape = (len(numbers), 1, 1, -1)
+    return Slab(None, numbers, j.reshape(shape), here.reshape(shape))
 
 
 def take(x: Array, b: Any, slab: Slab) -> Array:
-    """Of x (B, K, width, S') the slab's keys, (K, width, C)."""
-    size = slab.index.shape[3]
-    if slab.numbers is None:
-        return lax.dynamic_slice(x, (b, 0, 0, slab.start), (1, *x.shape[1:3], size))[0]
-    return jnp.take_along_axis(x[b], slab.index[:, :, 0], axis=2)
+    """Of x (B, K, S', width) the slab's keys, (K, C, width)."""
+    if slab.numbers is not None:
+        return jnp.take_along_axis(x[b], slab.index[:, 0, 0, :, None], axis=1, mode="clip")
+    return lax.dynamic_slice(x, (b, 0, slab.start, 0), (1, x.shape[1], slab.index.shape[3], x.shape[3]))[0]
 
 
 def add(x: Array, b: Any, slab: Slab, update: Array) -> Array:
     """x (B, K, width, S') with `update` (K, width, C) added to the slab's keys."""
     if slab.numbers is None:
-        total = take(x, b, slab) + update
-        return lax.dynamic_update_slice(x, total[None], (b, 0, 0, slab.start))
+        corner = (b, 0, 0, slab.start)
+        return lax.dynamic_update_slice(x, lax.dynamic_slice(x, corner, (1, *update.shape)) + update, corner)
     heads, count = update.shape[0], slab.numbers.shape[1]
     tiled = x.reshape(*x.shape[:3], -1, update.shape[2] // count)
     numbers, kv_head = jnp.broadcast_to(slab.numbers, (heads, count)), jnp.arange(heads)[:, None]
@@ -102,15 +104,19 @@ def add(x: Array, b: Any, slab: Slab, update: Array) -> Array:
 
 
 def scores(plan: Plan, mask: Mask, tile: Tile, blocks: Blocks, slab: Slab, key: Array) -> tuple[Array, Array]:
-    """Of the slab's keys (K, D, C): scores, capped alone, and in base 2 with the bias, -inf where hidden."""
-    products = _einsum("krd,kdc->krc", tile.query, key)
-    grouped = products.reshape(len(key), -1, plan.block_q, key.shape[2])
-    bent = capped(grouped, replace(plan.spec, scale=1.0))
-    seen = allows(mask.pattern, tile.facts, keys_of(mask, tile.b, slab.index)) & slab.live
-    if mask.keep is not None:
-        seen = seen & cut(mask.keep, tile, slab, len(key), plan.block_q)
-    final = bent if blocks.bias is None else bent + cut(blocks.bias, tile, slab, len(key), plan.block_q)
-    return bent.reshape(products.shape), jnp.where(seen, final * LOG2_E, -jnp.inf).reshape(products.shape)
+    """Of the slab's keys (K, C, D): scores, capped alone, and in base 2 with the bias, -inf where hidden."""
+    heads, size = len(key), plan.block_q
+    bent = capped(_einsum("krd,kcd->krc", tile.query, key), replace(plan.spec, scale=1.0))
+    final = bent.reshape(heads, -1, size, key.shape[1])
+    if blocks.bias is not None:
+        final = final + cut(blocks.bias, tile, slab, heads, size)
+    final = final * LOG2_E
+    if not slab.free:
+        seen = allows(mask.pattern, tile.facts, keys_of(mask, tile.b, slab.index)) & slab.live
+        if mask.keep is not None:
+            seen = seen & cut(mask.keep, tile, slab, heads, size)
+        final = jnp.where(seen, final, -jnp.inf)
+    return bent, final.reshape(bent.shape)
 
 
 def dropped(plan: Plan, tile: Tile, slab: Slab, seed: Any, x: Array) -> Array:

@@ -2,7 +2,7 @@
 
 Backward, with p the weights, drop() the dropout, o = out, l = lse and delta = d_o . o - d_l:
     ds = p (drop(d_o v^T) - delta)    d_q = ds k    d_k = ds^T q    d_v = drop(p)^T d_o
-Keys and values are (width, S) here, so that all five products contract in an order that XLA is fast in on CPUs.
+The last two are summed as (width, S): a product that contracts the first axis of both is slow in XLA on CPUs.
 """
 
 from collections.abc import Callable
@@ -53,14 +53,14 @@ def walk(plan: Plan, inputs: Inputs, mask: Mask, seed: Any) -> tuple[Array, Arra
 def _forward(plan: Plan, inputs: Inputs, mask: Mask, seed: Any) -> Any:
     scene = _scene(plan, mask, seed, _blocks(plan, mask, inputs))
     batch, padded, heads, _ = scene.blocks.query.shape
-    kv_heads, width = scene.blocks.value.shape[1:3]
+    kv_heads, width = scene.blocks.value.shape[1], scene.blocks.value.shape[3]
     row, dtype = (kv_heads, heads // kv_heads * plan.block_q), scene.blocks.query.dtype
 
     def body(results: Any, tile: Tile, visits: Callable[..., Any]) -> Any:
         def visit(slab: Slab, state: SoftmaxState) -> SoftmaxState:
             key, value = (tiles.take(x, tile.b, slab) for x in (scene.blocks.key, scene.blocks.value))
             found = tiles.scores(plan, scene.mask, tile, scene.blocks, slab, key)[1]
-            dot = lambda weights: (_product(tiles.dropped(plan, tile, slab, seed, weights), value, "krc,kvc->krv"),)  # noqa: E731
+            dot = lambda weights: (_product(tiles.dropped(plan, tile, slab, seed, weights), value, "krc,kcv->krv"),)  # noqa: E731
             return update(state, found, dot)
 
         start = SoftmaxState(jnp.full(row, -jnp.inf, dtype), jnp.zeros(row, dtype), (jnp.zeros((*row, width), dtype),))
@@ -72,6 +72,9 @@ def _forward(plan: Plan, inputs: Inputs, mask: Mask, seed: Any) -> Any:
 
     results = tuple(jnp.zeros((batch, padded, heads, n), dtype) for n in (width, 1))
     out, lse = (x[:, : plan.tokens] for x in _for_each_tile(plan, scene, body, results))
+    if mask.q_lengths is not None:  # slabs free of a mask do not ask for it
+        here = (jnp.arange(plan.tokens, dtype=jnp.int32) < mask.q_lengths[:, None])[:, :, None, None]
+        out, lse = jnp.where(here, out, 0), jnp.where(here, lse, -jnp.inf)
     return (out, lse[..., 0]), (inputs, mask, seed, out, lse)
 
 
@@ -96,7 +99,7 @@ def _backward(plan: Plan, residuals: Any, cotangents: Any) -> Any:
             bent, scores = tiles.scores(plan, scene.mask, tile, blocks, slab, key)
             drop = partial(tiles.dropped, plan, tile, slab, seed)
             weights = jnp.exp2(scores - lse)
-            d_scores = weights * (drop(_product(d_o, value, "krv,kvc->krc")) - delta)
+            d_scores = weights * (drop(_product(d_o, value, "krv,kcv->krc")) - delta)
             bias = grads.bias if grads.bias is None else tiles.add_bias(grads.bias, tile, slab, plan.block_q, d_scores)
             d_scores = d_scores * cap_slope(bent, plan.spec)
             d_key = _product(tile.query.swapaxes(1, 2), d_scores, "kdr,krc->kdc")
@@ -106,14 +109,15 @@ def _backward(plan: Plan, residuals: Any, cotangents: Any) -> Any:
                 value=tiles.add(grads.value, tile.b, slab, d_value),
                 bias=bias,
             )
-            return d_query + _product(d_scores, key, "krc,kdc->krd"), grads
+            return d_query + _product(d_scores, key, "krc,kcd->krd"), grads
 
         d_query, grads = visits(visit, (jnp.zeros_like(tile.query), grads))
         new = tiles.tokens(d_query * plan.spec.scale, plan.block_q)[None]
         return grads._replace(query=lax.dynamic_update_slice(grads.query, new, (tile.b, tile.start, 0, 0)))
 
-    grads = _for_each_tile(plan, scene, body, jax.tree.map(jnp.zeros_like, blocks))
-    return *pull(grads), None, None
+    grads = jax.tree.map(jnp.zeros_like, blocks._replace(key=blocks.key.mT, value=blocks.value.mT))
+    grads = _for_each_tile(plan, scene, body, grads)
+    return *pull(grads._replace(key=grads.key.mT, value=grads.value.mT)), None, None
 
 
 def _for_each_tile(plan: Plan, scene: _Scene, body: Callable[..., Any], results: Any) -> Any:
@@ -130,13 +134,22 @@ def _for_each_tile(plan: Plan, scene: _Scene, body: Callable[..., Any], results:
 
 def _for_each_slab(plan: Plan, scene: _Scene, b: Any, number: Any, visit: Callable[..., Any], state: Any) -> Any:
     bounds, extras, counts = scene.visits
-    found = jnp.asarray(bounds)[b if len(bounds) > 1 else 0, 0, number] * plan.block_k
-    begin, end, padded = found[0], found[3], scene.blocks.key.shape[3]
+    first, free, masked, end = jnp.asarray(bounds)[b if len(bounds) > 1 else 0, 0, number] * plan.block_k
+    width, padded = np.int32(plan.width), scene.blocks.key.shape[2]
+    wholes = lax.div(masked - free, width) if plan.frees else np.int32(0)
+    resumed = free + wholes * width  # free slabs, [free, resumed), lie between masked ones
+    before = lax.div(free - first + width - 1, width) if plan.frees else np.int32(0)
+    resumed = resumed if plan.frees else first
 
     def near(n: Any, state: Any) -> Any:
-        return visit(tiles.neighbours(plan, begin + n * plan.width, end, padded), state)
+        begin = jnp.where(n < before, first + n * width, resumed + (n - before) * width)
+        return visit(tiles.neighbours(plan, begin, jnp.where(n < before, free, end), padded), state)
 
-    state = _repeat(lax.div(end - begin + np.int32(plan.width - 1), np.int32(plan.width)), near, state)
+    def inside(n: Any, state: Any) -> Any:
+        return visit(tiles.neighbours(plan, free + n * width, end, padded)._replace(free=True), state)
+
+    state = _repeat(wholes, inside, state) if plan.frees else state
+    state = _repeat(before + lax.div(end - resumed + width - 1, width), near, state)
     at_once = max(min(extras.shape[2], plan.width // plan.block_k), 1)
     if not extras.shape[2]:
         return state
@@ -181,7 +194,7 @@ def _blocks(plan: Plan, mask: Mask, inputs: Inputs) -> Blocks:
     query = _padded(_existing(query.astype(wide), mask.q_lengths, mask.q_segments), 1, plan.block_q)
     size = max(plan.width, plan.block_k)
     key, value = (_existing(x.astype(wide), mask.kv_lengths, mask.kv_segments) for x in (key, value))
-    key, value = (_padded(x.transpose(0, 2, 3, 1), 3, plan.block_k, size) for x in (key, value))
+    key, value = (_padded(x.swapaxes(1, 2), 2, plan.block_k, size) for x in (key, value))
     return Blocks(query, key, value, None if bias is None else _padded_pairs(plan, bias.astype(wide)))
 
 
