@@ -88,17 +88,17 @@ def take(x: Array, b: Any, slab: Slab) -> Array:
     """Of x (B, K, S', width) the slab's keys, (K, C, width)."""
     if slab.numbers is not None:
         return jnp.take_along_axis(x[b], slab.index[:, 0, 0, :, None], axis=1, mode="clip")
-    return lax.dynamic_slice(x, (b, 0, slab.start, 0), (1, x.shape[1], slab.index.shape[3], x.shape[3]))[0]
+    return lax.dynamic_slice(x, corner(b, 0, slab.start), (1, x.shape[1], slab.index.shape[3], x.shape[3]))[0]
 
 
 def add(x: Array, b: Any, slab: Slab, update: Array) -> Array:
     """x (B, K, width, S') with `update` (K, width, C) added to the slab's keys."""
     if slab.numbers is None:
-        corner = (b, 0, 0, slab.start)
-        return lax.dynamic_update_slice(x, lax.dynamic_slice(x, corner, (1, *update.shape)) + update, corner)
+        start = corner(b, 0, 0, slab.start)
+        return lax.dynamic_update_slice(x, lax.dynamic_slice(x, start, (1, *update.shape)) + update, start)
     heads, count = update.shape[0], slab.numbers.shape[1]
     tiled = x.reshape(*x.shape[:3], -1, update.shape[2] // count)
-    numbers, kv_head = jnp.broadcast_to(slab.numbers, (heads, count)), jnp.arange(heads)[:, None]
+    numbers, kv_head = jnp.broadcast_to(slab.numbers, (heads, count)), jnp.arange(heads, dtype=jnp.int32)[:, None]
     tiles = update.reshape(*update.shape[:2], count, -1).swapaxes(1, 2)  # (K, E, width, block_k)
     return tiled.at[b, kv_head, :, numbers].add(tiles).reshape(x.shape)
 
@@ -148,8 +148,13 @@ def add_bias(x: Array, tile: Tile, slab: Slab, size: int, update: Array) -> Arra
 
 def _corner(x: Array, tile: Tile, slab: Slab, size: int) -> tuple[Any, Any]:
     b, _, t, s = (n > 1 for n in x.shape)
-    starts = (tile.b if b else 0, 0, tile.start if t else 0, slab.start if s else 0)
+    starts = corner(tile.b if b else 0, 0, tile.start if t else 0, slab.start if s else 0)
     return starts, (1, x.shape[1], size if t else 1, slab.index.shape[3] if s else 1)
+
+
+def corner(*starts: Any) -> tuple[Any, ...]:
+    """Four starts of a slice, in one dtype also where float64 is enabled."""
+    return tuple(jnp.asarray(n, jnp.int32) for n in (*starts, 0, 0)[:4])
 
 
 def rows(x: Array, heads: int) -> Array:

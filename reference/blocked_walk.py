@@ -67,7 +67,7 @@ def _forward(plan: Plan, inputs: Inputs, mask: Mask, seed: Any) -> Any:
         (out,), lse = finish(visits(visit, start))
         new = (tiles.tokens(x, plan.block_q)[None] for x in (out, lse[..., None] / LOG2_E))
         return tuple(
-            lax.dynamic_update_slice(x, y, (tile.b, tile.start, 0, 0)) for x, y in zip(results, new, strict=True)
+            lax.dynamic_update_slice(x, y, tiles.corner(tile.b, tile.start)) for x, y in zip(results, new, strict=True)
         )
 
     results = tuple(jnp.zeros((batch, padded, heads, n), dtype) for n in (width, 1))
@@ -113,7 +113,7 @@ def _backward(plan: Plan, residuals: Any, cotangents: Any) -> Any:
 
         d_query, grads = visits(visit, (jnp.zeros_like(tile.query), grads))
         new = tiles.tokens(d_query * plan.spec.scale, plan.block_q)[None]
-        return grads._replace(query=lax.dynamic_update_slice(grads.query, new, (tile.b, tile.start, 0, 0)))
+        return grads._replace(query=lax.dynamic_update_slice(grads.query, new, tiles.corner(tile.b, tile.start)))
 
     grads = jax.tree.map(jnp.zeros_like, blocks._replace(key=blocks.key.mT, value=blocks.value.mT))
     grads = _for_each_tile(plan, scene, body, grads)
@@ -165,7 +165,10 @@ def _for_each_slab(plan: Plan, scene: _Scene, b: Any, number: Any, visit: Callab
 
 
 def _repeat(count: Any, body: Callable[..., Any], state: Any) -> Any:
-    return lax.fori_loop(np.int32(0), count, body, state)
+    # The index is int64 where float64 is enabled.
+    return lax.fori_loop(
+        np.int32(0), count, lambda n, state: body(lax.convert_element_type(n, jnp.int32), state), state
+    )
 
 
 def _scene(plan: Plan, mask: Mask, seed: Any, blocks: Blocks) -> _Scene:
