@@ -145,14 +145,15 @@ def attend_launch(
     rows but reads them again wherever they are used: in the gradients of wide rows, sooner for operands that are split
     into three for TF32. The forward takes narrower tiles unless the call is `plain` (no bias, soft cap or dropout).
     """
-    size, split = next(size for size in (64, 128, 256) if width <= size), precision == "tf32x3"
-    reread = size > (128 if split else 256) // (1 if kind == "forward" else 2)
-    chosen = _ATTEND[precision][kind][size]
-    if kind == "forward" and not plain:
+    table, split, forward = _ATTEND[precision][kind], precision == "tf32x3", kind == "forward"
+    chosen = table[next(size for size in table if width <= size)]
+    if forward and not plain:
         chosen = (chosen[0], min(chosen[1], 32), *chosen[2:])
     given = (block_q, block_k, num_warps, num_stages)
     q, k, warps, stages = (default if own is None else own for default, own in zip(chosen, given, strict=True))
-    return AttendLaunch(q, k, warps, stages, interpret, 64 if reread or split else 256, reread)
+    reread = width > (128 if split else 256) // (1 if forward else 2)
+    widest = 64 if reread else (32 if forward else 64) if split else 256
+    return AttendLaunch(q, k, warps, stages, interpret, widest, reread)
 
 
 # Precision of dot products, kernel, most columns: queries and keys of a tile, warps, stages. A tensor-core product of
@@ -160,8 +161,8 @@ def attend_launch(
 _ATTEND = {
     "bf16": {
         "forward": {64: (128, 64, 8, 2), 128: (128, 64, 8, 2), 256: (64, 32, 8, 2)},
-        "d_query": {64: (128, 64, 8, 2), 128: (64, 64, 8, 2), 256: (32, 64, 8, 2)},
-        "d_key_value": {64: (32, 64, 8, 2), 128: (32, 64, 8, 2), 256: (32, 32, 8, 2)},
+        "d_query": {64: (128, 64, 8, 2), 128: (64, 64, 8, 2), 256: (32, 32, 8, 2)},
+        "d_key_value": {64: (32, 64, 8, 2), 96: (16, 64, 8, 2), 128: (32, 64, 8, 2), 256: (32, 32, 8, 2)},
         "d_bias": {64: (64, 64, 8, 1), 128: (64, 64, 8, 1), 256: (64, 32, 8, 1)},
     },
     "fp16": {
