@@ -36,7 +36,8 @@ def attend_blocked(
     results: list[tuple[Array, Array]] = []
     for first, last, window in _runs(mask.pattern.windows, query.shape[2], group):
         pattern = replace(mask.pattern, windows=(window,))
-        plan = _plan(pattern, spec, first, (query.shape[1], key.shape[1]), (block_q, block_k, width))
+        sizes = (last - first, query.shape[1], key.shape[1])
+        plan = _plan(pattern, spec, first, sizes, (block_q, block_k, width))
         kv = slice(first // group, -(-last // group))
         arrays = Inputs(query[:, :, first:last], key[:, :, kv], value[:, :, kv], _heads(bias, first, last))
         results.append(walk(plan, arrays, replace(mask, pattern=pattern, keep=_heads(mask.keep, first, last)), seed))
@@ -64,10 +65,11 @@ def _runs(windows: Any, heads: int, group: int) -> list[tuple[int, int, Any]]:
 
 def _plan(pattern: Pattern, spec: AttendSpec, first_head: int, sizes: Any, given: Any) -> Plan:
     """Measured: XLA on CPUs takes more threads than one for products from 256 x 64 x 512 on."""
-    tokens, keys = sizes
+    heads, tokens, keys = sizes
     (left, right), size = pattern.windows[0], pattern.block_size
     near = left + (0 if pattern.causal else right) <= 128
-    block_q = given[0] or min(max(64, min(size, 256)) if pattern.num_random or near else 256, tokens)
+    most = 512 if heads <= 8 and tokens >= 4096 and not pattern.banded else 256  # scores of 8 MB stay in a cache
+    block_q = given[0] or min(max(64, min(size, 256)) if pattern.num_random or near else most, tokens)
     block_k = given[1] or min(max(16, min(size, 64)) if pattern.num_random else 64, keys)
     if given[2] or not pattern.banded:
         return Plan(spec, first_head, tokens, keys, block_q, block_k, given[2] or _up(min(512, keys), block_k), True)
