@@ -3,16 +3,29 @@
 Nothing here has a CPU counterpart that proves it: TF32 products, races, and 64-bit offsets only show on the device.
 """
 
+from functools import partial
+
+import attend_checks
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import EVO_CASES, LENGTHS, LINEAR_CASES, EvoCase, LinearCase
+from cases import (
+    ATTEND_CASES,
+    EVO_CASES,
+    LENGTHS,
+    LINEAR_CASES,
+    AttendCase,
+    EvoCase,
+    LinearCase,
+    attend_inputs,
+)
 from checks import TOLERANCE, actual_evo, check_evo, evo_params
 from linear_checks import TOLERANCE as LINEAR_TOLERANCE
 from linear_checks import actual_linear, check_linear
 
 import evo_jax
+from pallas_kernels.attend import attend
 
 pytestmark = pytest.mark.gpu
 
@@ -63,6 +76,30 @@ def test_linear_reruns_are_bitwise_equal(dtype, heads):
     for _ in range(5):
         again = jax.tree.leaves(actual_linear(case, "triton"))
         assert all(np.array_equal(a, b) for a, b in zip(first, again, strict=True))
+
+
+ATTEND_LONG = (
+    AttendCase(2050, width=128, heads=(8, 2), dtype="bfloat16", batch=1),
+    AttendCase(1029, keys=2100, width=80, heads=(4, 2), windows=((300, 0),), dtype="float16", segments="interior"),
+    AttendCase(2050, width=64, windows=((32, 32),), sparse=(1, 64, 3), heads=(4, 2), sinks=True, batch=1),
+    AttendCase(700, width=256, windows=((100, 0), (1 << 30, 1 << 30)), soft_cap=3.0, bias="1NTS", dropout_rate=0.2),
+)
+
+
+@pytest.mark.parametrize("tiles", [None, 32], ids="tiles_{}".format)
+@pytest.mark.parametrize("case", (*ATTEND_CASES, *ATTEND_LONG), ids=str)
+def test_attend_equals_oracle(case, tiles, monkeypatch):
+    """With the default launch, and in tiles so small that these sequences are several. float32 as above: TF32 x 3."""
+    monkeypatch.setattr(attend_checks, "FORWARD", 1e-5)
+    monkeypatch.setattr(attend_checks, "GRADIENT", 5e-5)
+    attend_checks.check_attend(partial(attend, mode="triton", block_q=tiles, block_k=tiles), case)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_attend_reruns_are_bitwise_equal(dtype):
+    case = AttendCase(2200, width=80, heads=(8, 2), dtype=dtype, segments="few", bias="B11S", sinks=True)
+    first, *others = (attend_checks.compiled(partial(attend, mode="triton"), *attend_inputs(case)) for _ in range(5))
+    assert all(np.array_equal(first[name], again[name], equal_nan=True) for again in others for name in first)
 
 
 @pytest.mark.parametrize("reverse", [False, True])
