@@ -36,8 +36,8 @@ class Blocks(NamedTuple):
     """The arrays of a call, cut by slabs: all float32 or all float64, padded to whole tiles, zeros in padding."""
 
     query: Any  # (B, T', N, D)
-    key: Any  # (B, K, S', D)
-    value: Any  # (B, K, S', V)
+    key: Any  # (B, S', K, D)
+    value: Any  # (B, S', K, V)
     bias: Any  # (B or 1, N or 1, T' or 1, S' or 1) or None
 
 
@@ -62,9 +62,9 @@ class Slab(NamedTuple):
 
 def load_tile(plan: Plan, mask: Mask, table: Any, blocks: Blocks, b: Any, number: Any) -> Tile:
     start = number * plan.block_q
-    query = rows(lax.dynamic_slice_in_dim(blocks.query[b], start, plan.block_q, 0), blocks.key.shape[1])
+    query = rows(lax.dynamic_slice_in_dim(blocks.query[b], start, plan.block_q, 0), blocks.key.shape[2])
     i = start + lax.broadcasted_iota(jnp.int32, (1, 1, plan.block_q, 1), 2)
-    heads, group = blocks.key.shape[1], blocks.query.shape[2] // blocks.key.shape[1]
+    heads, group = blocks.key.shape[2], blocks.query.shape[2] // blocks.key.shape[2]
     h = jnp.int32(0) if table is None else group * lax.broadcasted_iota(jnp.int32, (heads, 1, 1, 1), 0)
     return Tile(b, start, query * plan.spec.scale, queries_of(mask, b, h, i, table, group))
 
@@ -85,10 +85,12 @@ def scattered(plan: Plan, numbers: Array, live: Array) -> Slab:
 
 
 def take(x: Array, b: Any, slab: Slab) -> Array:
-    """Of x (B, K, S', width) the slab's keys, (K, C, width)."""
+    """Of x (B, S', K, width) the slab's keys, (K, C, width)."""
     if slab.numbers is not None:
-        return jnp.take_along_axis(x[b], slab.index[:, 0, 0, :, None], axis=1, mode="clip")
-    return lax.dynamic_slice(x, corner(b, 0, slab.start), (1, x.shape[1], slab.index.shape[3], x.shape[3]))[0]
+        found = jnp.take_along_axis(x[b], slab.index[:, 0, 0].T[..., None], axis=0, mode="clip")
+    else:
+        found = lax.dynamic_slice(x, corner(b, slab.start), (1, slab.index.shape[3], *x.shape[2:]))[0]
+    return found.swapaxes(0, 1)
 
 
 def add(x: Array, b: Any, slab: Slab, update: Array) -> Array:

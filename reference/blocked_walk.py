@@ -53,7 +53,7 @@ def walk(plan: Plan, inputs: Inputs, mask: Mask, seed: Any) -> tuple[Array, Arra
 def _forward(plan: Plan, inputs: Inputs, mask: Mask, seed: Any) -> Any:
     scene = _scene(plan, mask, seed, _blocks(plan, mask, inputs))
     batch, padded, heads, _ = scene.blocks.query.shape
-    kv_heads, width = scene.blocks.value.shape[1], scene.blocks.value.shape[3]
+    kv_heads, width = scene.blocks.value.shape[2:]
     row, dtype = (kv_heads, heads // kv_heads * plan.block_q), scene.blocks.query.dtype
 
     def body(results: Any, tile: Tile, visits: Callable[..., Any]) -> Any:
@@ -81,7 +81,7 @@ def _forward(plan: Plan, inputs: Inputs, mask: Mask, seed: Any) -> Any:
 def _backward(plan: Plan, residuals: Any, cotangents: Any) -> Any:
     inputs, mask, seed, out, lse = residuals
     blocks, pull = jax.vjp(partial(_blocks, plan, mask), inputs)
-    scene, heads = _scene(plan, mask, seed, blocks), blocks.key.shape[1]
+    scene, heads = _scene(plan, mask, seed, blocks), blocks.key.shape[2]
     alive = lse > -jnp.inf
     d_out, d_lse = (jnp.where(alive, x, 0) for x in (cotangents[0], cotangents[1][..., None]))
     delta = (d_out * out).sum(-1, keepdims=True) - d_lse
@@ -115,9 +115,10 @@ def _backward(plan: Plan, residuals: Any, cotangents: Any) -> Any:
         new = tiles.tokens(d_query * plan.spec.scale, plan.block_q)[None]
         return grads._replace(query=lax.dynamic_update_slice(grads.query, new, tiles.corner(tile.b, tile.start)))
 
-    grads = jax.tree.map(jnp.zeros_like, blocks._replace(key=blocks.key.mT, value=blocks.value.mT))
-    grads = _for_each_tile(plan, scene, body, grads)
-    return *pull(grads._replace(key=grads.key.mT, value=grads.value.mT)), None, None
+    across = {name: jnp.moveaxis(getattr(blocks, name), 1, 3) for name in ("key", "value")}
+    grads = _for_each_tile(plan, scene, body, jax.tree.map(jnp.zeros_like, blocks._replace(**across)))
+    back = {name: jnp.moveaxis(getattr(grads, name), 3, 1) for name in across}
+    return *pull(grads._replace(**back)), None, None
 
 
 def _for_each_tile(plan: Plan, scene: _Scene, body: Callable[..., Any], results: Any) -> Any:
@@ -135,7 +136,7 @@ def _for_each_tile(plan: Plan, scene: _Scene, body: Callable[..., Any], results:
 def _for_each_slab(plan: Plan, scene: _Scene, b: Any, number: Any, visit: Callable[..., Any], state: Any) -> Any:
     bounds, extras, counts = scene.visits
     first, free, masked, end = jnp.asarray(bounds)[b if len(bounds) > 1 else 0, 0, number] * plan.block_k
-    width, padded = np.int32(plan.width), scene.blocks.key.shape[2]
+    width, padded = np.int32(plan.width), scene.blocks.key.shape[1]
     wholes = lax.div(masked - free, width) if plan.frees else np.int32(0)
     resumed = free + wholes * width  # free slabs, [free, resumed), lie between masked ones
     before = lax.div(free - first + width - 1, width) if plan.frees else np.int32(0)
@@ -173,7 +174,7 @@ def _repeat(count: Any, body: Callable[..., Any], state: Any) -> Any:
 
 def _scene(plan: Plan, mask: Mask, seed: Any, blocks: Blocks) -> _Scene:
     batch, _, heads, _ = blocks.query.shape
-    kv_heads = blocks.key.shape[1]
+    kv_heads = blocks.key.shape[2]
     tiling = Tiling(batch, heads, kv_heads, plan.tokens, plan.keys, plan.block_q, plan.block_k)
     # Scattered keys of a bias or of `keep` are not gathered: those arrays are O(T S) anyway.
     gathers = blocks.bias is None and mask.keep is None
@@ -191,13 +192,13 @@ def _without_extras(pattern: Pattern) -> Pattern:
 
 
 def _blocks(plan: Plan, mask: Mask, inputs: Inputs) -> Blocks:
-    """The arrays in the dtype of the sums, heads apart, tokens that do not exist and padding zero."""
+    """The arrays in the dtype of the sums, tokens that do not exist and padding zero."""
     query, key, value, bias = inputs
     wide = jnp.float64 if any(x.dtype == jnp.float64 for x in inputs[:3]) else jnp.float32
     query = _padded(_existing(query.astype(wide), mask.q_lengths, mask.q_segments), 1, plan.block_q)
     size = max(plan.width, plan.block_k)
     key, value = (_existing(x.astype(wide), mask.kv_lengths, mask.kv_segments) for x in (key, value))
-    key, value = (_padded(x.swapaxes(1, 2), 2, plan.block_k, size) for x in (key, value))
+    key, value = (_padded(x, 1, plan.block_k, size) for x in (key, value))
     return Blocks(query, key, value, None if bias is None else _padded_pairs(plan, bias.astype(wide)))
 
 
