@@ -101,7 +101,7 @@ def _linear(
     return build
 
 
-def _attend(op: str, kv_heads: int = 32, *, gradient: bool = True, arrays: Any = None, **options: Any) -> Build:
+def attention_build(op: str, kv_heads: int = 32, *, gradient: bool = True, arrays: Any = None, **options: Any) -> Build:
     """Softmax attention of one sequence of 8,192 tokens, 32 heads: the forward alone, or output and every gradient.
 
     `arrays` maps options to shapes and dtypes, None for that of the query; those of floats are differentiated.
@@ -167,15 +167,23 @@ CONFIGS: list[Config] = [
         temp_ratio=2.2,  # gradients of features, in float32
     ),
     # Softmax attention: 2 MB and 8 MB for bfloat16 of width 128, as above.
-    Config("flash_forward", _attend("flash_attention", gradient=False), ("bfloat16",), (128,), temp_ratio=0.03),
-    Config("flash_gradient", _attend("flash_attention"), temp_ratio=0.12),
-    Config("sliding_gradient", _attend("sliding_window_attention", window_size=512), ("bfloat16",), (128,), 0.12),
-    Config("sparse_gradient", _attend("sparse_attention"), ("bfloat16",), (128,), 0.12),
-    Config("sparse_gradient_full_grouped", _attend("sparse_attention", 8, is_causal=False), ("float32",), (80,), 0.12),
-    Config("multiscale_gradient", _attend("multiscale_attention"), ("bfloat16",), (128, 256), 0.12),
+    Config("flash_forward", attention_build("flash_attention", gradient=False), ("bfloat16",), (128,), temp_ratio=0.03),
+    Config("flash_gradient", attention_build("flash_attention"), temp_ratio=0.12),
+    Config(
+        "sliding_gradient", attention_build("sliding_window_attention", window_size=512), ("bfloat16",), (128,), 0.12
+    ),
+    Config("sparse_gradient", attention_build("sparse_attention"), ("bfloat16",), (128,), 0.12),
+    Config(
+        "sparse_gradient_full_grouped",
+        attention_build("sparse_attention", 8, is_causal=False),
+        ("float32",),
+        (80,),
+        0.12,
+    ),
+    Config("multiscale_gradient", attention_build("multiscale_attention"), ("bfloat16",), (128, 256), 0.12),
     Config(
         "sliding_gradient_everything",
-        _attend(
+        attention_build(
             "sliding_window_attention", 8, arrays=EVERYTHING, window_size=512, logits_soft_cap=30.0, dropout_rate=0.1
         ),
         ("float16",),
@@ -184,7 +192,7 @@ CONFIGS: list[Config] = [
     ),
     Config(
         "flash_gradient_mask",
-        _attend("flash_attention", arrays={"mask": ((1, 1, 8192, 8192), "bool")}),
+        attention_build("flash_attention", arrays={"mask": ((1, 1, 8192, 8192), "bool")}),
         ("float32",),
         (256,),
         0.12,
