@@ -13,7 +13,6 @@ import jax.numpy as jnp
 import numpy as np
 from cases import AttendCase, attend_inputs
 from checks import assert_close
-from quick import QUICK_COMPILE
 
 from reference.dense import AttendInputs, AttendSpec, attend_dense
 from reference.mask import Mask, allowed
@@ -36,10 +35,8 @@ def with_gradients(run: Run, inputs: AttendInputs, spec: AttendSpec, cotangents:
 
 def compiled(run: Run, inputs: AttendInputs, spec: AttendSpec, cotangents: Any) -> dict[str, np.ndarray]:
     """`with_gradients` jitted as one, all arrays of the mask traced."""
-    quick: Any = QUICK_COMPILE if jax.default_backend() == "cpu" else None
     both = jax.jit(partial(with_gradients, run, spec=spec))
-    args = {"inputs": inputs, "cotangents": cotangents}
-    return jax.tree.map(np.asarray, both.lower(**args).compile(compiler_options=quick)(**args))
+    return jax.tree.map(np.asarray, both(inputs=inputs, cotangents=cotangents))
 
 
 @cache

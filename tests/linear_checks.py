@@ -8,7 +8,6 @@ import jax.numpy as jnp
 import numpy as np
 from cases import LinearCase, LinearInputs, linear_inputs
 from checks import assert_close
-from quick import QUICK_COMPILE
 
 from pallas_kernels.linear import linear
 from reference.linear import LinearSpec, linear_dense
@@ -49,9 +48,7 @@ def _run(op: Any, inputs: LinearInputs) -> Any:
         return out, vjp(cotangents)
 
     args = (inputs.query, inputs.key, inputs.value, inputs.state, (inputs.d_out, inputs.d_state))
-    # In the interpreter, a large program of small arrays: optimising it takes longer than running it.
-    quick: Any = QUICK_COMPILE if jax.default_backend() == "cpu" else None
-    return jax.jit(both).lower(*args).compile(compiler_options=quick)(*args)
+    return jax.jit(both)(*args)
 
 
 def check_linear(case: LinearCase, mode: str, tolerances: Any = TOLERANCE, **options: Any) -> None:

@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import pytest
+from flax import nnx
 
 import evo_jax
 from benchmarks.compile_configs import CONFIGS
@@ -175,3 +176,23 @@ def test_dot_products_take_the_precision_of_their_inputs(gradient, dtype, precis
     fn, args = gradient(64, dtype)
     dots = [dot for _, text in ttir(fn, args) for dot in dot_precisions(text)]
     assert dots and all(precision in dot for dot in dots)
+
+
+@pytest.mark.skipif(missing_wheels() is not None, reason=f"compiling for CUDA needs wheels: {missing_wheels()}")
+def test_a_flash_layer_trains_in_half_a_gigabyte_and_linear_memory():
+    """Temporaries of output and gradients at the size of the original's table: 32 heads of 128, one bfloat16 sequence."""
+
+    def temporaries(length):
+        make = partial(evo_jax.FlashAttention, 4096, 32, param_dtype=jax.numpy.bfloat16)
+        graph, state = nnx.split(nnx.eval_shape(lambda: make(rngs=nnx.Rngs(0))))
+
+        def both(state, x, cotangent):
+            run = lambda state, x: nnx.merge(graph, state)(x, implementation="triton")[0]  # noqa: E731
+            out, vjp = jax.vjp(run, state, x)
+            return out, vjp(cotangent)
+
+        x = jax.ShapeDtypeStruct((1, length, 4096), "bfloat16")
+        return compile_for(both, (state, x, x)).temp_bytes
+
+    short, long = temporaries(8192), temporaries(131072)
+    assert 0 < short <= 500e6 and long <= 16.1 * short

@@ -9,7 +9,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import GOLDEN_DIR
-from quick import QUICK_COMPILE
 
 from reference.blocked import attend_blocked
 from reference.dense import AttendInputs, AttendSpec, attend_dense
@@ -82,7 +81,7 @@ def actual(form: str, name: str, dtype: str) -> dict[str, Any]:
         mask, bias = Mask(mask.pattern, keep=jnp.asarray(pairs) if is_bool else None), None if is_bool else pairs
     spec = AttendSpec(given.get("scale") or given["head_dim"] ** -0.5)
 
-    @partial(jax.jit, compiler_options=QUICK_COMPILE)
+    @jax.jit
     def run(arrays: Any, cotangent: Any) -> Any:
         out, vjp, _ = jax.vjp(
             lambda q, k, v: FORMS[form](AttendInputs(q, k, v, mask, bias), spec), *arrays, has_aux=True

@@ -8,7 +8,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import GOLDEN_DIR
-from quick import QUICK_COMPILE
 
 from reference.linear import LinearSpec, LinearState, linear_chunked, linear_dense
 
@@ -56,7 +55,7 @@ def actual(form: str, name: str, dtype: str) -> dict[str, np.ndarray]:
     if "state_kv" in z:
         state = LinearState(*(jnp.asarray(a, dtype) for a in (z["state_kv"], z["state_k"][:, :, 0])))
 
-    @partial(jax.jit, compiler_options=QUICK_COMPILE)
+    @jax.jit
     def run(arrays, cotangent):
         out, vjp, state = jax.vjp(partial(attend, form, record), *arrays, has_aux=True)
         return out, state, vjp(cotangent)

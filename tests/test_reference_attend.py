@@ -12,7 +12,6 @@ import pytest
 from attend_checks import check_attend, compiled, visible, with_gradients
 from cases import ATTEND_CASES, AttendCase, attend_inputs
 from checks import assert_close
-from quick import QUICK_COMPILE
 
 from reference.blocked import attend_blocked
 from reference.counter_hash import mixed
@@ -82,7 +81,7 @@ def test_loops_and_finite_differences(case, form, x64):
     np.testing.assert_allclose(found["lse"], lse, rtol=1e-11, atol=1e-11)
     d_out, d_lse = (np.asarray(x) for x in cotangents)
 
-    @partial(jax.jit, compiler_options=QUICK_COMPILE)
+    @jax.jit
     def loss(arrays):
         out, lse = attend_dense(inputs._replace(**arrays), spec)
         return (out * d_out).sum() + jnp.where(lse > -jnp.inf, lse * d_lse, 0).sum()

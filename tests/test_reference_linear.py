@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 from cases import LINEAR_CASES, LinearCase, LinearInputs, linear_inputs, padding_mask
 from checks import TOLERANCE, assert_close
-from quick import QUICK_COMPILE
 
 from reference.linear import FEATURE_MAPS, LinearSpec, chunk_length, linear_chunked, linear_dense
 from reference.linear_maps import FEATURE_PULLS
@@ -113,7 +112,7 @@ def with_gradients(form: str, spec: LinearSpec, given: LinearInputs) -> dict[str
 @pytest.mark.parametrize("case", ORACLE_CASES, ids=str)
 def test_oracle_against_one_token_at_a_time(case, x64):
     given = in_dtype(linear_inputs(case), "float64")
-    run = jax.jit(partial(linear_dense, spec=spec_of(case)), compiler_options=QUICK_COMPILE)
+    run = jax.jit(partial(linear_dense, spec=spec_of(case)))
     out, state = run(*given[:5])
     for actual, expected in zip((out, *state), one_token_at_a_time(case, given), strict=True):
         assert actual.dtype == "float64"
@@ -132,8 +131,8 @@ def test_gradients_against_finite_differences(case, form, x64):
         return sum(jnp.vdot(a, b) for a, b in zip((out, *state), (given.d_out, *given.d_state), strict=True))
 
     leaves, tree = jax.tree.flatten(tuple(given[:4]))
-    grads = jax.tree.leaves(jax.jit(jax.grad(loss), compiler_options=QUICK_COMPILE)(tuple(given[:4])))
-    loss, step = jax.jit(loss, compiler_options=QUICK_COMPILE), 1e-6
+    grads = jax.tree.leaves(jax.jit(jax.grad(loss))(tuple(given[:4])))
+    loss, step = jax.jit(loss), 1e-6
     for i, (leaf, grad) in enumerate(zip(leaves, grads, strict=True)):
         direction = np.random.default_rng(i).normal(size=leaf.shape)
         ahead, behind = (
@@ -162,7 +161,7 @@ def test_chunked_against_the_oracle(case):
     """Output, state and every gradient, the oracle in float32; NaN or infinity in every masked token of the chunked."""
     given, mask = linear_inputs(case), padding_mask(case.mask, case.batch, case.length)
 
-    @partial(jax.jit, compiler_options=QUICK_COMPILE)
+    @jax.jit
     def run_both(poisoned, exact):
         return with_gradients("chunked", spec_of(case), poisoned), with_gradients("dense", spec_of(case), exact)
 
@@ -209,7 +208,7 @@ def test_split_anywhere_and_resumed_is_the_whole(form, runs, split, x64):
             outs.append(out)
         return jnp.concatenate(outs, 1), state
 
-    @partial(jax.jit, compiler_options=QUICK_COMPILE)
+    @jax.jit
     def run_both(given):
         results = []
         for call in (whole, resumed):
@@ -245,7 +244,7 @@ def test_rows_that_relu_sets_to_zero_give_exactly_zero(form, causal):
     query = given.query.at[:, 5].set(-jnp.abs(given.query[:, 5]))
     key = given.key.at[1].set(-jnp.abs(given.key[1]))
     spec = LinearSpec("relu", causal)
-    run = jax.jit(partial(with_gradients, form, spec), compiler_options=QUICK_COMPILE)
+    run = jax.jit(partial(with_gradients, form, spec))
     found = run(given._replace(query=query, key=key))
     assert not found["out"][:, 5].any() and not found["out"][1].any()
     assert not found["query"][:, 5].any() and not found["key"][1].any()
@@ -256,8 +255,8 @@ def test_rows_that_relu_sets_to_zero_give_exactly_zero(form, causal):
 def test_tokens_see_nothing_later_and_nothing_of_other_runs(form):
     """Bit by bit: what a token holds changes no output before it, and none in another run."""
     given = linear_inputs(LinearCase(200, 8, runs="few", heads=(4, 2), state=True))
-    run = jax.jit(partial(FORMS[form], spec=LinearSpec()), compiler_options=QUICK_COMPILE)
-    full = jax.jit(partial(FORMS[form], spec=LinearSpec(causal=False)), compiler_options=QUICK_COMPILE)
+    run = jax.jit(partial(FORMS[form], spec=LinearSpec()))
+    full = jax.jit(partial(FORMS[form], spec=LinearSpec(causal=False)))
     assert given.rows is not None
     changed = [a.at[0, 70].add(3) for a in given[:3]]
     same_run = np.asarray(given.rows[0] == given.rows[0, 70])
@@ -288,7 +287,7 @@ def test_lengths_of_whole_chunks_and_more(length, x64):
         causal = with_gradients(form, LinearSpec(), given)
         return causal, with_gradients(form, LinearSpec(causal=False), given._replace(rows=None))
 
-    actual, expected = (jax.jit(partial(run, form), compiler_options=QUICK_COMPILE)() for form in FORMS)
+    actual, expected = (jax.jit(partial(run, form))() for form in FORMS)
     for one, other in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
         np.testing.assert_allclose(one, other, rtol=1e-10, atol=1e-11)
 
