@@ -35,7 +35,7 @@ def finish(state: SoftmaxState, sink: Any = None) -> tuple[tuple[Array, ...], Ar
 
     `sink` (..., rows or 1) is a further score that takes part in the sum and has no value; such a row keeps -inf.
     """
-    top, total, seen = state.top, state.total, state.total > 0
+    top, total, seen = state.top, state.total, state.total != 0  # NaN is seen, and stays
     scale = 1.0
     if sink is not None:
         highest = jnp.where(seen, jnp.maximum(top, sink), 0.0)

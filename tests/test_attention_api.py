@@ -1,5 +1,7 @@
 """The softmax family at the public door: patterns by hand-written loops, options, transforms, refusals."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -249,6 +251,19 @@ def test_a_traced_mask_of_other_values_is_never_silently_wrong():
         evo_jax.flash_attention(Q, KEY, VALUE, attention_mask=bad)
     out = np.asarray(flash(Q, KEY, VALUE, attention_mask=bad))
     assert np.isfinite(out[0]).all() and np.isnan(out[1]).all()
+
+
+@pytest.mark.parametrize("implementation", ["reference", "interpret"])
+def test_a_nan_in_a_token_that_is_seen_shows_wherever_it_counts(implementation):
+    key = KEY.at[:, 25, 0].set(jnp.nan)
+    run = partial(evo_jax.flash_attention, implementation=implementation, block_q=16, block_k=16, return_residuals=True)
+    out, vjp = jax.vjp(lambda q: run(q, key, VALUE), Q)
+    (grad,) = vjp(out)
+    expected = np.zeros((B, L, N), bool)
+    expected[:, 25:, :2] = True  # the query heads of key/value head 0
+    for array in (out[0], grad):
+        np.testing.assert_array_equal(np.isnan(array).all(-1), expected)
+    np.testing.assert_array_equal(np.isnan(out[1]), expected)
 
 
 def test_explain_names_the_four_and_why():

@@ -180,7 +180,7 @@ def test_dot_products_take_the_precision_of_their_inputs(gradient, dtype, precis
 
 @pytest.mark.skipif(missing_wheels() is not None, reason=f"compiling for CUDA needs wheels: {missing_wheels()}")
 def test_a_flash_layer_trains_in_half_a_gigabyte_and_linear_memory():
-    """Temporaries of output and gradients at the size of the original's table: 32 heads of 128, one bfloat16 sequence."""
+    """Temporaries of output and gradients at the size of the original's table: 32 heads of 128, one sequence."""
 
     def temporaries(length):
         make = partial(evo_jax.FlashAttention, 4096, 32, param_dtype=jax.numpy.bfloat16)
