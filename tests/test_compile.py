@@ -131,15 +131,15 @@ def test_no_attend_access_can_leave_its_array(width, causal, bias_shape):
 
 @pytest.mark.skipif(missing_wheels() is not None, reason=f"compiling for CUDA needs wheels: {missing_wheels()}")
 def test_gradients_that_nobody_asks_for_are_not_computed():
-    """Nor is that of a bias: the compiler drops whole kernels, which `compile_for` lowered and then misses."""
+    """Nor is that of a bias: the compiler drops whole kernels."""
     x, bias = (jax.ShapeDtypeStruct(shape, "bfloat16") for shape in ((1, LENGTH, 2, 64), (1, 1, LENGTH, LENGTH)))
 
     def d_query(query, bias):
         run = lambda q: evo_jax.flash_attention(q, query, query, bias=bias, implementation="triton")  # noqa: E731
         return jax.grad(lambda q: run(q).astype("float32").sum())(query)
 
-    with pytest.raises(RuntimeError, match=r"\['attend_d_bias', 'attend_d_key_value'\]"):
-        compile_for(d_query, (x, bias))
+    kernels = {kernel.name for kernel in compile_for(d_query, (x, bias)).kernels}
+    assert kernels == {"attend_forward", "attend_d_query"}
 
 
 @pytest.mark.skipif(missing_wheels() is not None, reason=f"compiling for CUDA needs wheels: {missing_wheels()}")
