@@ -1,14 +1,13 @@
 """Softmax attention's oracle and blocked form against the originals' recorded layers (shared/golden)."""
 
-import json
-from functools import cache, partial
+from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import GOLDEN_DIR
+from golden import errors, load, names
 
 from reference.blocked import attend_blocked
 from reference.dense import AttendInputs, AttendSpec, attend_dense
@@ -18,23 +17,6 @@ FORMS: dict[str, Any] = {
     "dense": attend_dense,
     "blocked": partial(attend_blocked, block_q=8, block_k=4, width=8),
 }
-OPS = ("flash", "sliding_window", "sparse", "multiscale")
-
-
-@cache
-def records() -> dict[str, dict]:
-    index = GOLDEN_DIR / "index.json"
-    cases = json.loads(index.read_text())["cases"] if index.is_file() else []
-    return {case["id"]: case for case in cases if case["op"] in OPS}
-
-
-@cache
-def load(name: str) -> tuple[dict, dict[str, np.ndarray]]:
-    if not GOLDEN_DIR.is_dir():
-        pytest.skip("the original's recorded cases are not beside this checkout (shared/golden)")
-    record = records()[name]
-    with np.load(GOLDEN_DIR / record["file"]) as arrays:
-        return record, dict(arrays)
 
 
 def pattern_of(record: dict, offset: int, masked: bool) -> Pattern:
@@ -102,20 +84,7 @@ def actual(form: str, name: str, dtype: str) -> dict[str, Any]:
     return found | {f"grad.w.{p}_proj.weight": np.einsum("bti,btj->ij", d, x) for p, d in zip("qkv", new, strict=True)}
 
 
-def errors(name: str, found: dict) -> dict[str, float]:
-    """Largest error over largest value per array, as index.json has it; for gradients at least 1e-3 of the largest."""
-    wanted = load(name)[1]
-    assert {key for key in wanted if key.startswith(("out", "new", "grad"))} == set(found)
-    floor = 1e-3 * max(np.abs(a).max() for key, a in wanted.items() if key.startswith("grad"))
-    result = {}
-    for key, a in found.items():
-        a, b = np.asarray(a, np.float64), wanted[key]
-        assert a.shape == b.shape
-        result[key] = float(np.abs(a - b).max() / max(np.abs(b).max(), floor if key.startswith("grad") else 0))
-    return result
-
-
-NAMES = list(records()) or [f"absent_{i}" for i in range(34)]  # so that each is seen to skip
+NAMES = names(34, "flash", "sliding_window", "sparse", "multiscale")
 # One of each kind of mask, with grouped heads, rotation and caches among them.
 IN_FLOAT32 = [name for name in NAMES if name.startswith(("absent_1", "017", "022", "027", "032", "035", "040", "053"))]
 

@@ -1,32 +1,16 @@
 """Linear attention's dense oracle and chunked form against the original's recorded layer (shared/golden)."""
 
-import json
-from functools import cache, partial
+from functools import partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import GOLDEN_DIR
+from golden import errors, load, names
 
 from reference.linear import LinearSpec, LinearState, linear_chunked, linear_dense
 
 FORMS = {"dense": linear_dense, "chunked": linear_chunked}
-
-
-@cache
-def linear_records() -> dict[str, dict]:
-    index = GOLDEN_DIR / "index.json"
-    cases = json.loads(index.read_text())["cases"] if index.is_file() else []
-    return {case["id"]: case for case in cases if case["op"] == "linear"}
-
-
-def load(name: str) -> tuple[dict, dict[str, np.ndarray]]:
-    if not GOLDEN_DIR.is_dir():
-        pytest.skip("the original's recorded cases are not beside this checkout (shared/golden)")
-    record = linear_records()[name]
-    with np.load(GOLDEN_DIR / record["file"]) as arrays:
-        return record, dict(arrays)
 
 
 def attend(form: str, record: dict, q, k, v, state) -> tuple[jax.Array, LinearState]:
@@ -74,20 +58,7 @@ def actual(form: str, name: str, dtype: str) -> dict[str, np.ndarray]:
     return found
 
 
-def errors(name: str, found: dict) -> dict[str, float]:
-    """Largest error over largest value per array, as index.json has it; for gradients at least 1e-3 of the largest."""
-    wanted = load(name)[1]
-    assert {key for key in wanted if key.startswith(("out", "new", "grad"))} == set(found)
-    floor = 1e-3 * max(np.abs(a).max() for key, a in wanted.items() if key.startswith("grad"))
-    result = {}
-    for key, a in found.items():
-        a, b = np.asarray(a, np.float64), wanted[key]
-        assert a.shape == b.shape
-        result[key] = float(np.abs(a - b).max() / max(np.abs(b).max(), floor if key.startswith("grad") else 0))
-    return result
-
-
-NAMES = list(linear_records()) or [f"absent_{i}" for i in range(8)]  # so that each is seen to skip
+NAMES = names(8, "linear")
 
 
 @pytest.mark.parametrize("form", FORMS)
