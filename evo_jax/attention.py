@@ -6,11 +6,11 @@ from typing import Any, TypedDict, Unpack
 
 import jax
 import jax.numpy as jnp
-from reference.blocked import attend_blocked
 
 from evo_jax import attention_masks, shapes
 from evo_jax.backend import choose
 from evo_jax.require_cuda import require_cuda
+from reference.blocked import attend_blocked
 from reference.dense import AttendInputs
 from reference.logits import AttendSpec
 from reference.mask import FAR, Pattern
