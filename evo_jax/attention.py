@@ -36,7 +36,8 @@ class AttentionOptions(TypedDict, total=False):
     dropout_rate, dropout_seed: weights are dropped, and the others divided by 1 - rate, by a hash of (seed, b, n, i,
         j), the same in every implementation; only where a seed (int or integer scalar array) is given.
     return_residuals: return (out, lse): the log-sum-exp of the scores, sink included, (B, T, N) float32.
-    block_q, block_k, num_warps, num_stages: tiles and launch of the forward kernel; the reference ignores them.
+    block_q, block_k, num_warps, num_stages: tiles and launch of the kernels, forward and backward alike; the reference
+        ignores them.
     implementation: None, "triton", "reference" or "interpret".
     """
 
