@@ -29,7 +29,7 @@ class AttentionOptions(TypedDict, total=False):
         A masked token does not exist: no query sees it, its output row is 0, its NaN is harmless.
     segment_ids: (B, L) integers where T == S == L, or a pair ((B, T), (B, S)); tokens see their own segment alone, and
         a negative id means that there is no token.
-    query_seq_lengths, key_value_seq_lengths: (B,) integers; tokens from there on do not exist.
+    query_seq_lengths, key_value_seq_lengths: (B,) integers; tokens from there on do not exist; cut to 0..T and 0..S.
     scale: factor of the scores; None for 1 / sqrt(D).
     logits_soft_cap: c bends scores to c * tanh(score / c).
     sinks: (N,) floats, one more score per head that takes part in the softmax and has no value; exact gradient.
@@ -184,6 +184,8 @@ def sparse_pattern(op: str, block_size: int, num_global_tokens: int, num_random_
 
 def head_windows(op: str, heads: int, local_heads: Any, window_sizes: Any) -> tuple[tuple[int, int], ...]:
     """(left, right) of every head of multi-scale attention."""
+    if not isinstance(window_sizes, tuple | list):
+        raise TypeError(f"{op}: {window_sizes=} must be a tuple of ints")
     sizes = tuple(shapes.at_least(op, "window_sizes", size, 1) for size in window_sizes)
     local = heads // 2 if local_heads is None else shapes.at_least(op, "local_heads", local_heads, 0)
     if local > heads:

@@ -19,9 +19,9 @@ def build(
     batch, queries, heads, _ = query.shape
     shape = (batch, heads, queries, key.shape[1])
     pattern = replace(pattern, causal=bool(options.get("is_causal", True)))
-    lengths = [
-        shapes.lengths(op, name, options.get(name), batch) for name in ("query_seq_lengths", "key_value_seq_lengths")
-    ]
+    limits = {"query_seq_lengths": queries, "key_value_seq_lengths": shape[3]}
+    given = [(shapes.lengths(op, name, options.get(name), batch), limit) for name, limit in limits.items()]
+    lengths = [None if x is None else jnp.clip(x, 0, limit) for x, limit in given]
     static, offset = _offset(op, pattern, shape, lengths, options.get("q_offset"))
     q_segments, kv_segments, bad = _segments(op, shape, options.get("attention_mask"), options.get("segment_ids"))
     keep = shapes.broadcastable(op, "mask", options.get("mask"), shape)

@@ -136,6 +136,9 @@ def test_lengths_end_sequences_and_align_the_last_query_with_the_last_key():
     assert_close("whole", out[0], flash(Q, KEY, VALUE)[0], 1e-6)
     assert_close("cut", out[1, :23], flash(Q[1:, :23], KEY[1:, :23], VALUE[1:, :23])[0], 1e-6)
     assert not np.asarray(out[1, 23:]).any() and np.isneginf(lse[1, 23:]).all()
+    beyond = flash(Q[:, :5], KEY, VALUE, key_value_seq_lengths=jnp.array([99, -1]))  # cut to 40 and 0
+    assert_close("all keys", beyond[0], flash(Q[:1, :5], KEY[:1], VALUE[:1])[0], 1e-6)
+    assert not np.asarray(beyond[1]).any()
     step = flash(Q[:, :1], KEY, VALUE, key_value_seq_lengths=lengths)  # one new token each, at the end of a cache
     for b, n in enumerate((40, 23)):
         assert_close("step", step[b], flash(Q[b : b + 1, :1], KEY[b : b + 1, :n], VALUE[b : b + 1, :n])[0], 1e-6)
@@ -313,6 +316,11 @@ def test_what_does_not_fit_is_refused_by_name(options, error, message):
         (lambda: evo_jax.multiscale_attention(Q, KEY, VALUE, local_heads=5), ValueError, "local_heads=5"),
         (lambda: evo_jax.multiscale_attention(Q, KEY, VALUE, window_sizes=(1, 2, 3)), ValueError, "more than the 2"),
         (lambda: evo_jax.multiscale_attention(Q, KEY, VALUE, window_sizes=()), ValueError, "is empty"),
+        (
+            lambda: evo_jax.multiscale_attention(Q, KEY, VALUE, window_sizes=8),
+            TypeError,
+            "window_sizes=8 must be a tuple",
+        ),
         (lambda: evo_jax.flash_attention(Q, KEY[:, :, :1].repeat(3, 2), VALUE), ValueError, "must agree"),
         (lambda: evo_jax.flash_attention(Q, KEY.astype("float16"), VALUE), TypeError, "of one dtype"),
     ],
