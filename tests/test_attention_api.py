@@ -317,7 +317,7 @@ def test_what_does_not_fit_is_refused_by_name(options, error, message):
         (lambda: evo_jax.multiscale_attention(Q, KEY, VALUE, window_sizes=(1, 2, 3)), ValueError, "more than the 2"),
         (lambda: evo_jax.multiscale_attention(Q, KEY, VALUE, window_sizes=()), ValueError, "is empty"),
         (
-            lambda: evo_jax.multiscale_attention(Q, KEY, VALUE, window_sizes=8),
+            lambda: multiscale(Q, KEY, VALUE, window_sizes=8),
             TypeError,
             "window_sizes=8 must be a tuple",
         ),
