@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels import decode
 from pallas_kernels.attend_bwd import Gradients, backward
 from pallas_kernels.attend_fwd import Plan, forward
 from pallas_kernels.tile import LN_2
@@ -81,7 +82,7 @@ def _vjp_forward(
 ) -> tuple[tuple[jax.Array, jax.Array], Residuals]:
     mask, seed = fixed
     inputs = AttendInputs(query, key, value, mask, bias, sinks, seed)
-    kernel = partial(forward, plan=options.plan)
+    kernel = partial(decode.forward if decode.serves(inputs, options.plan) else forward, plan=options.plan)
     if options.mode == "platform":
         fallback = partial(_reference_forward, spec=options.plan.spec)
         out, lse = jax.lax.platform_dependent(inputs, cuda=kernel, default=fallback)

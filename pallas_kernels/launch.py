@@ -112,6 +112,22 @@ def linear_segments(programs: int, chunks: int) -> int:
 
 
 @dataclass(frozen=True, slots=True)
+class LinearStepLaunch:
+    """Statics of one step of linear attention: the part of a state that a program holds, powers of two."""
+
+    width: int
+    columns: int
+    num_warps: int
+    interpret: bool
+
+
+def linear_step_launch(width: int, columns: int, *, interpret: bool, num_warps: int | None = None) -> LinearStepLaunch:
+    """The default launch for a state (width, columns): few columns, so that a few sequences already fill a GPU."""
+    block = min(32, 1 << (columns - 1).bit_length())
+    return LinearStepLaunch(1 << (width - 1).bit_length(), block, 4 if num_warps is None else num_warps, interpret)
+
+
+@dataclass(frozen=True, slots=True)
 class AttendLaunch:
     """Statics of one launch of softmax attention."""
 
@@ -155,6 +171,48 @@ def attend_launch(
     widest = 64 if reread else (32 if forward else 64) if split else 256
     return AttendLaunch(q, k, warps, stages, interpret, widest, reread)
 
+
+SPLIT_TILES = 4  # fewest tiles of keys of a split, lest its start and the merge cost more than it reads
+SPLIT_WAVES = 8  # programs per multiprocessor: several are resident, and short ones leave no long tail
+
+
+def decode_splits(programs: int, tiles: int) -> int:
+    """Among how many programs the keys of one head are shared, where `programs` (heads, sequences) times that run.
+
+    As many as fill the GPU SPLIT_WAVES times, none given fewer than SPLIT_TILES of `tiles`, the most that can be live.
+    """
+    return max(1, min(-(-SPLIT_WAVES * FILLED // max(programs, 1)), tiles // SPLIT_TILES))
+
+
+def decode_launch(
+    width: int,
+    precision: str,
+    rows: int,
+    *,
+    interpret: bool,
+    block_k: int | None = None,
+    num_warps: int | None = None,
+    num_stages: int | None = None,
+) -> AttendLaunch:
+    """The default launch of decoding for `rows` rows (queries of all heads of a group), the caller's choices over it.
+
+    Memory-bound: stages keep loads in flight, and the products' rows are as few as a tensor core's tile has.
+    """
+    block_q = max(16, 1 << (rows - 1).bit_length())
+    table = _DECODE[precision]
+    chosen = table[next(size for size in table if width <= size[0] and block_q <= size[1])]
+    given = (block_k, num_warps, num_stages)
+    keys, warps, stages = (default if own is None else own for default, own in zip(chosen, given, strict=True))
+    return AttendLaunch(block_q, keys, warps, stages, interpret, 64 if precision == "tf32x3" else 256)
+
+
+# Precision of dot products, (most columns, most rows): keys of a tile, warps, stages.
+_DECODE = {
+    "bf16": {(128, 64): (64, 4, 3), (256, 64): (32, 4, 3)},
+    "fp16": {(128, 64): (64, 4, 3), (256, 64): (32, 4, 3)},
+    "tf32": {(128, 64): (32, 4, 3), (256, 64): (16, 4, 3)},
+    "tf32x3": {(128, 64): (32, 4, 2), (256, 64): (16, 4, 2)},
+}
 
 # Precision of dot products, kernel, most columns: queries and keys of a tile, warps, stages. A tensor-core product of
 # Hopper needs 64 rows: queries, but keys in "d_key_value"; with fewer it is that of Ampere.

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels import linear_step
 from pallas_kernels.linear_pass import Inputs, Plan, backward, forward
 from reference.linear import FEATURE_MAPS, LinearSpec, LinearState, linear_chunked, linear_dense
 
@@ -113,6 +114,8 @@ def _run(inputs: Inputs, options: Options, save: bool) -> tuple[Any, Any, Any]:
 
 
 def _kernel_forward(inputs: Inputs, options: Options, save: bool) -> tuple[Any, Any, Any]:
+    if linear_step.serves(inputs, options.plan):
+        return linear_step.forward(inputs, options.plan, save=save, keep_state=options.keep_state)
     out, inverse, last = forward(inputs, options.plan, save=save, keep_state=options.keep_state)
     return out, inverse, None if last is None else LinearState(last.kv[:, :, 0], last.z[:, :, 0])
 

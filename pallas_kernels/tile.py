@@ -37,6 +37,7 @@ class Task:
     launch: AttendLaunch
     dots: Dots  # of rows, and of weights with rows
     wide_dots: Dots  # of gradients of scores with rows
+    group: int = 1  # consecutive rows of the queries' tile that are one token's, by different heads
 
     @property
     def share(self) -> tuple[int, int]:
@@ -192,10 +193,11 @@ def queries(refs: Refs, place: Place, tile: Any, task: Task, axis: int) -> Token
     if refs.windows is not None:
         (head,) = place.of(refs.windows, None, 0)
         left, right = (plk.load_one(refs.windows, head, n) for n in (0, 1))
-    blocks = () if refs.table is None else _random_blocks(refs.table, place, index + offset, inside, task)
+    position = (index if task.group == 1 else lax.div(index, jnp.int32(task.group))) + offset
+    blocks = () if refs.table is None else _random_blocks(refs.table, place, position, inside, task)
     ragged = refs.q_lengths is not None or length % size
     live = across(index < _length(refs.q_lengths, length, place)) if ragged else None
-    facts = Queries(across(index + offset), left, right, live, None if segment is None else across(segment),
+    facts = Queries(across(position), left, right, live, None if segment is None else across(segment),
                     tuple(across(block) for block in blocks))  # fmt: skip
     return Tokens(start, index, inside, here, across(index), facts)
 
@@ -308,9 +310,18 @@ def _pair_index(ref: Any, place: Place, i: jax.Array, j: jax.Array) -> tuple[tup
 
 
 def over_visits(
-    step: Callable[[Any, Any, bool], Any], init: Any, refs: Refs, place: Place, tile: Any, task: Task
+    step: Callable[[Any, Any, bool], Any],
+    init: Any,
+    refs: Refs,
+    place: Place,
+    tile: Any,
+    task: Task,
+    share: tuple[Any, int] | None = None,
 ) -> Any:
-    """Fold `step(tile of the other kind, state, masked)` over the tiles that `tile` visits."""
+    """Fold `step(tile of the other kind, state, masked)` over the tiles that `tile` visits, or over one share of them.
+
+    `share` is its number and how many there are; they differ by no more than the last one being short.
+    """
     where = place.of(refs.bounds, 0, 1)
     first, free, masked, end = (plk.load_one(refs.bounds, *where, tile, n) for n in range(4))
     before, count = free - first, (free - first) + (end - masked)
@@ -326,11 +337,24 @@ def over_visits(
         far = plk.load(refs.extras, (head, tile, jnp.maximum(t - count, 0)), t >= count)
         return jnp.where(t < count, near, far)
 
+    with_mask, without = (0, total), (free, masked)
+    if share is not None:
+        whole = masked - free if task.loops[1] else jnp.int32(0)
+        ends = _range(share, whole + total)
+        without = tuple(free + jnp.minimum(end, whole) for end in ends)
+        with_mask = tuple(jnp.maximum(end - whole, 0) for end in ends)
     if task.loops[0]:
-        init = lax.fori_loop(0, total, lambda t, state: step(number(t), state, True), init)
+        init = lax.fori_loop(*with_mask, lambda t, state: step(number(t), state, True), init)
     if task.loops[1]:
-        init = lax.fori_loop(free, masked, lambda t, state: step(t, state, False), init)
+        init = lax.fori_loop(*without, lambda t, state: step(t, state, False), init)
     return init
+
+
+def _range(share: tuple[Any, int], count: Any) -> tuple[Any, Any]:
+    """(first, end) of one share of 0..count."""
+    number, shares = share
+    size = lax.div(count + (shares - 1), jnp.int32(shares))
+    return jnp.minimum(number * size, count), jnp.minimum((number + 1) * size, count)
 
 
 def visited(refs: Refs, place: Place, q_tile: Any, k_tile: Any) -> Any:

@@ -30,6 +30,15 @@ def update(state: SoftmaxState, scores: Array, dot: Callable[[Array], tuple[Arra
     return SoftmaxState(top, state.total * old + weights.sum(-1), acc)
 
 
+def merge(states: SoftmaxState, axis: int) -> SoftmaxState:
+    """The state of all keys, from those of disjoint sets of them along a leading `axis` of each array."""
+    top = states.top.max(axis)
+    base = jnp.where(top == -jnp.inf, 0.0, top)
+    weights = jnp.exp2(states.top - jnp.expand_dims(base, axis))
+    acc = tuple((a * weights[..., None]).sum(axis) for a in states.acc)
+    return SoftmaxState(top, (states.total * weights).sum(axis), acc)
+
+
 def finish(state: SoftmaxState, sink: Any = None) -> tuple[tuple[Array, ...], Array]:
     """(outputs (..., rows, columns), log2-sum-exp2 (..., rows)); a row without a key gives 0 and -inf.
 
