@@ -11,8 +11,8 @@ import numpy as np
 from evo_jax import padding, shapes
 from evo_jax.backend import choose
 from evo_jax.require_cuda import require_cuda
-from reference.evo import evo_chunked
-from reference.evo_params import EvoParams, EvoSpec
+from reference.evo import Carry, evo_chunked, evo_chunked_from
+from reference.evo_params import EvoParams, EvoSpec, EvoState
 
 _OP = "evo_attention"
 
@@ -52,11 +52,13 @@ def evo_attention(
     attention_mask: Any = None,
     mask_semantics: str = "padding",
     accum_dtype: Any = None,
+    initial_state: EvoState | None = None,
+    return_state: bool = False,
     block_m: int | None = None,
     num_warps: int | None = None,
     num_stages: int | None = None,
     implementation: str | None = None,
-) -> jax.Array:
+) -> Any:
     """EvoAttention's gated prefix sum over the tokens of each head, in O(L) time and memory.
 
     With `lin_n(a) = a @ n_kernel + n_bias`, and c, S running sums over the tokens (causal) or sums over all of them:
@@ -74,16 +76,23 @@ def evo_attention(
         mask_semantics: "padding": a masked token does not exist (means are over valid tokens, its output is exactly
             0, its NaN is harmless). "multiply": the original's arithmetic (v * mask, means over positions, a row of
             zeros counts as masked and gives norm_bias); the mask may be fractional.
-        accum_dtype: what both sums are carried in; default float32, or float64 for float64 `v`. float64 needs x64.
+        accum_dtype: what both sums are carried in; default float32, or float64 for float64 `v` or a float64
+            `initial_state`. float64 needs x64.
+        initial_state: EvoState(sum (B, H, D), gated_sum (B, H, D), count (B,)), what an earlier call returned: the
+            tokens come after those that it holds. It has gradients, `count` none. Needs causal=True.
+        return_state: also return the EvoState after the last token, so that a sequence can be cut anywhere. Needs
+            causal=True.
         block_m, num_warps, num_stages: rows of a kernel's chunk and its Triton launch; the reference ignores them.
         implementation: None, "triton", "reference" or "interpret".
 
     Returns:
         (B, H, L, D) in the dtype of `v`; elementwise maths and LayerNorm are in float32 (float64 for float64 `v`).
+        With return_state, (that, EvoState in the accumulation dtype); after 0 tokens the state is `initial_state`.
 
     Raises:
         ValueError: shapes that do not fit, a known mask with values other than 0 and 1 under "padding" (a traced one
-            gives NaN from there on), or a 64-bit accum_dtype while x64 is off. TypeError: dtypes.
+            gives NaN from there on), a state without causal=True, or a 64-bit accum_dtype while x64 is off.
+        TypeError: dtypes, or a state that is no EvoState.
         NotImplementedError: implementation="triton" or "interpret" where the kernel cannot do this case.
 
     >>> import jax, jax.numpy as jnp, evo_jax
@@ -91,16 +100,64 @@ def evo_attention(
     >>> out = evo_jax.evo_attention(v, evo_jax.init_evo_params(jax.random.key(0), 16))
     >>> out.shape, bool(jnp.array_equal(out, evo_jax.evo_attention(v)))
     ((2, 4, 100, 16), True)
+    >>> first, state = evo_jax.evo_attention(v[:, :, :70], return_state=True)
+    >>> rest = evo_jax.evo_attention(v[:, :, 70:], initial_state=state)
+    >>> bool(jnp.allclose(jnp.concatenate([first, rest], axis=2), evo_jax.evo_attention(v), atol=1e-4))
+    True
     """
     v, query = shapes.values(_OP, v, query)
     params = shapes.evo_params(_OP, _default_params(v.shape[3]) if params is None else params, v.shape[3])
     shapes.one_of(_OP, "mask_semantics", mask_semantics, ("padding", "multiply"))
-    spec = EvoSpec(bool(causal), mask_semantics == "padding", shapes.accum_dtype(_OP, v, accum_dtype))
+    spec = EvoSpec(bool(causal), mask_semantics == "padding", _accum_dtype(v, initial_state, accum_dtype))
     launch = shapes.launch(_OP, block_m=block_m, num_warps=num_warps, num_stages=num_stages)
-    v, rows = padding.resolve(_OP, v, attention_mask, mask_semantics, spec.causal)
+    state = _state(initial_state, return_state, v, spec)
+    before = None if state is None or initial_state is None else state.count
+    v, rows = padding.resolve(_OP, v, attention_mask, mask_semantics, spec.causal, before)
     arrays = (v,) if query is None else (v, query)
-    how = choose(_OP, implementation, lambda: _refusal(v, params, spec), arrays)
-    return _run(v, query, params, rows, spec, how, launch)
+    how = choose(_OP, implementation, lambda: "a state" if state else _refusal(v, params, spec), arrays)
+    carry = None if state is None else (state.sum, state.gated_sum)
+    out, last = _run(v, query, params, rows, carry, spec, how, launch)
+    if state is None or last is None or not return_state:
+        return out
+    count = padding.count_after(_OP, state.count, attention_mask, mask_semantics, v.shape[2])
+    return out, EvoState(last[0], last[1], count)
+
+
+def init_evo_state(batch_size: int, num_heads: int, head_dim: int, dtype: Any = jnp.float32) -> EvoState:
+    """The state before any token: zeros. `dtype` is that of the sums, float32, or float64 where x64 is on."""
+    shape = (batch_size, num_heads, head_dim)
+    return EvoState(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), jnp.zeros(batch_size, jnp.int32))
+
+
+def _accum_dtype(v: jax.Array, state: Any, dtype: Any) -> str:
+    """The dtype asked for, else the widest of float32, `v` and the state."""
+    sums = [getattr(state, name, None) for name in ("sum", "gated_sum")]
+    if dtype is None and any(getattr(a, "dtype", None) == np.float64 for a in sums):
+        dtype = np.float64
+    return shapes.accum_dtype(_OP, v, dtype)
+
+
+def _state(state: Any, wanted: bool, v: jax.Array, spec: EvoSpec) -> EvoState | None:
+    """The initial state, checked, in the dtype of the sums; zeros for None if one is `wanted` in the end."""
+    if state is None and not wanted:
+        return None
+    if not spec.causal:
+        raise ValueError(
+            f"{_OP}: initial_state and return_state need causal=True: only then is a sequence cut in order"
+        )
+    (batch, heads, _, width), dtype = v.shape, jnp.dtype(spec.accum_dtype)
+    if state is None:
+        return init_evo_state(batch, heads, width, dtype)
+    if not isinstance(state, EvoState):
+        raise TypeError(f"{_OP}: initial_state is a {type(state).__name__} and must be an evo_jax.EvoState")
+    sums = [shapes.float_array(_OP, f"initial_state.{name}", getattr(state, name)) for name in state._fields[:2]]
+    for name, array in zip(state._fields, sums, strict=False):
+        if array.shape != (batch, heads, width):
+            raise ValueError(
+                f"{_OP}: initial_state.{name}.shape={array.shape} must be {(batch, heads, width)} for {v.shape=}"
+            )
+    count = shapes.lengths(_OP, "initial_state.count", state.count, batch)
+    return EvoState(sums[0].astype(dtype), sums[1].astype(dtype), count)
 
 
 @cache
@@ -117,12 +174,16 @@ def _refusal(v: jax.Array, params: EvoParams, spec: EvoSpec) -> str | None:
     return evo.refusal(jax.ShapeDtypeStruct(v.shape, v.dtype), params_dtype, spec)
 
 
-@partial(jax.jit, static_argnums=(4, 5, 6), inline=True)
-def _run(v: jax.Array, query: Any, params: EvoParams, rows: Any, spec: EvoSpec, how: str, launch: Any) -> jax.Array:
-    """Jitted, so that an eager call is one compiled program too."""
+@partial(jax.jit, static_argnums=(5, 6, 7), inline=True)
+def _run(
+    v: jax.Array, query: Any, params: EvoParams, rows: Any, carry: Carry | None, spec: EvoSpec, how: str, launch: Any
+) -> tuple[jax.Array, Carry | None]:
+    """(out, the carry after it or None). Jitted, so that an eager call is one compiled program too."""
     if how == "reference":
-        return evo_chunked(v, query, params, rows, spec)
+        if carry is not None:
+            return evo_chunked_from(v, query, params, rows, spec, carry)
+        return evo_chunked(v, query, params, rows, spec), None
     from pallas_kernels import evo
 
     v = require_cuda(v, _OP) if how == "triton" else v
-    return evo.evo(v, query, params, rows, spec, mode=how, **dict(launch))
+    return evo.evo(v, query, params, rows, spec, mode=how, **dict(launch)), None

@@ -8,10 +8,10 @@ import jax.numpy as jnp
 from flax import nnx
 
 from evo_jax import padding, shapes
-from evo_jax.evo import evo_attention, init_evo_params
+from evo_jax.evo import evo_attention, init_evo_params, init_evo_state
 from evo_jax.linear import linear_attention
 from evo_jax.projections import GroupedHeads, check_dtypes, promote
-from reference.evo_params import EvoParams
+from reference.evo_params import EvoParams, EvoState
 from reference.linear_maps import LinearState
 
 
@@ -38,6 +38,10 @@ class EvoAttention(nnx.Module):
     >>> layer = evo_jax.EvoAttention(embed_dim=64, num_heads=4, rngs=nnx.Rngs(0))
     >>> layer(jnp.ones((2, 10, 64)), causal=True, attention_mask=None).shape
     (2, 10, 64)
+    >>> first, cache = layer(jnp.ones((2, 7, 64)), cache=layer.init_cache(batch_size=2))
+    >>> rest, cache = layer(jnp.ones((2, 3, 64)), cache=cache)
+    >>> rest.shape, cache.sum.shape, cache.count.tolist()
+    ((2, 3, 64), (2, 4, 16), [10, 10])
     """
 
     def __init__(
@@ -65,13 +69,31 @@ class EvoAttention(nnx.Module):
         """The ten arrays that evo_attention takes."""
         return EvoParams(*(getattr(self, name)[...] for name in EvoParams._fields))
 
-    def __call__(self, x: jax.Array, *, causal: bool = True, attention_mask: Any = None, **options: Any) -> jax.Array:
-        """(B, L, E) -> (B, L, E).
+    def init_cache(self, batch_size: int, capacity: int | None = None, dtype: Any = None) -> EvoState:
+        """The state before the first token, of a size that no sequence changes: `capacity` is not used.
+
+        `dtype` is that of the sums: float32 (None), or float64 where x64 is on.
+        """
+        op = type(self).__name__
+        dtype = shapes.accum_dtype(op, jnp.zeros((), jnp.float32), jnp.float32 if dtype is None else dtype)
+        return init_evo_state(batch_size, self.num_heads, self.head_dim, dtype)
+
+    def __call__(
+        self,
+        x: jax.Array,
+        *,
+        causal: bool = True,
+        attention_mask: Any = None,
+        cache: EvoState | None = None,
+        **options: Any,
+    ) -> Any:
+        """(B, L, E) -> (B, L, E); with a cache, ((B, L, E), the cache after these tokens).
 
         Args:
-            x: hidden states.
-            causal: token t sees tokens up to t; False: every token sees all.
+            x: hidden states; with a cache, of the new tokens.
+            causal: token t sees tokens up to t; False: every token sees all, and there can be no cache.
             attention_mask: (B, L), (B, 1, L) or (B, 1, L, 1), 1 for a valid token; masked rows of the output are 0.
+            cache: what the tokens before left, from init_cache or an earlier call.
             options: mask_semantics, accum_dtype, block_m, num_warps, num_stages and implementation of evo_attention.
 
         Raises:
@@ -81,9 +103,12 @@ class EvoAttention(nnx.Module):
         batch, length, _ = x.shape
         x, *arrays = promote((x, *self.params), dtype=self.dtype)
         v = x.reshape(batch, length, self.num_heads, self.head_dim).swapaxes(1, 2)
-        out = evo_attention(v, EvoParams(*arrays), causal=causal, attention_mask=attention_mask, **options)
+        given = {} if cache is None else {"initial_state": cache, "return_state": True}
+        out = evo_attention(v, EvoParams(*arrays), causal=causal, attention_mask=attention_mask, **given, **options)
+        out, cache = out if given else (out, None)
         out = out.swapaxes(1, 2).reshape(x.shape)
-        return out if self.out_proj is None else self._project(out, attention_mask, options)
+        out = out if self.out_proj is None else self._project(out, attention_mask, options)
+        return (out, cache) if given else out
 
     def _project(self, out: jax.Array, mask: Any, options: dict[str, Any]) -> jax.Array:
         """The output projection; its bias does not reach tokens that do not exist."""

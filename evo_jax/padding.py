@@ -14,15 +14,27 @@ import numpy as np
 from evo_jax import shapes
 
 
-def resolve(op: str, v: jax.Array, mask: Any, semantics: str, causal: bool) -> tuple[jax.Array, jax.Array | None]:
-    """(v, rows) for a mask of any accepted form; rows is None when every token lives and counts."""
+def resolve(
+    op: str, v: jax.Array, mask: Any, semantics: str, causal: bool, before: jax.Array | None = None
+) -> tuple[jax.Array, jax.Array | None]:
+    """(v, rows) for a mask of any accepted form; rows is None when every token lives and counts, from 1 on.
+
+    `before` (B,) int32 says how many tokens precede the first (causal form).
+    """
     batch, _, length, _ = v.shape
     if semantics == "multiply":
         mask = None if mask is None else shapes.token_mask(op, mask, batch, length)
-        return _multiplied(v, mask, causal)
-    if mask is None:
-        return v, None
-    return v, jax.lax.stop_gradient(_absent(*valid(op, mask, batch, length), causal))
+        return _multiplied(v, mask, causal, before)
+    if mask is not None:
+        return v, jax.lax.stop_gradient(_absent(*valid(op, mask, batch, length), causal, before))
+    return v, None if before is None else _positions(length, before)
+
+
+def count_after(op: str, before: jax.Array, mask: Any, semantics: str, length: int) -> jax.Array:
+    """(B,) int32, `before` and the tokens of this call that count: the valid ones, or every position ("multiply")."""
+    if mask is None or semantics == "multiply":
+        return before + jnp.int32(length)
+    return before + valid_tokens(op, mask, before.shape[0], length).sum(1, dtype=jnp.int32)
 
 
 def valid(op: str, mask: Any, batch: int, length: int) -> tuple[jax.Array, jax.Array | None]:
@@ -42,22 +54,29 @@ def valid_tokens(op: str, mask: Any, batch: int, length: int) -> jax.Array:
     return jnp.asarray(shapes.token_mask(op, mask, batch, length)).astype(bool)
 
 
-def _absent(valid: jax.Array, bad: jax.Array | None, causal: bool) -> jax.Array:
+def _positions(length: int, before: jax.Array) -> jax.Array:
+    """(B, 1, L) float32 numbers of the tokens, counted from the start of the sequence."""
+    return (before[:, None, None] + jnp.arange(1, length + 1, dtype=jnp.int32)).astype(jnp.float32)
+
+
+def _absent(valid: jax.Array, bad: jax.Array | None, causal: bool, before: jax.Array | None) -> jax.Array:
     """Masked tokens do not exist: the mean at a token is over the valid tokens so far, or over all of them."""
     running = jnp.cumsum if causal else _total
-    count = jnp.maximum(running(valid.astype(jnp.int32), axis=1), 1).astype(jnp.float32)
+    count = running(valid.astype(jnp.int32), axis=1)
+    count = jnp.maximum(count if before is None else before[:, None] + count, 1).astype(jnp.float32)
     rows = jnp.where(valid, count, -count)
     if bad is not None:
         rows = jnp.where(running(bad.astype(jnp.int32), axis=1) > 0, np.float32("nan"), rows)
     return rows[:, None]
 
 
-def _multiplied(v: jax.Array, mask: Any, causal: bool) -> tuple[jax.Array, jax.Array]:
+def _multiplied(v: jax.Array, mask: Any, causal: bool, before: jax.Array | None) -> tuple[jax.Array, jax.Array]:
     """The original's arithmetic: v * mask, positions as divisors, and an all-zero row of v counts as masked."""
     if mask is not None:
         v = v * jnp.asarray(mask).astype(v.dtype)[:, None, :, None]
     length = v.shape[2]
     count = jnp.arange(1, length + 1, dtype=jnp.float32) if causal else jnp.full(length, length, jnp.float32)
+    count = count if before is None else _positions(length, before)
     alive = jnp.any(v != 0, axis=3)
     return v, jax.lax.stop_gradient(jnp.where(alive, count, -count))
 

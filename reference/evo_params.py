@@ -1,10 +1,12 @@
-"""EvoParams, the ten arrays of an EvoAttention core, and EvoSpec, the static choices of one call."""
+"""EvoParams, the ten arrays of an EvoAttention core, EvoState, what a sequence leaves, and EvoSpec, static choices."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
+
+from reference.states import take_sequences
 
 _TORCH_NAMES = {"q": "q_proj", "local": "v_proj_local", "gate": "global_stat_gate_proj", "final": "final_gate_proj"}
 
@@ -35,6 +37,27 @@ class EvoParams(NamedTuple):
             fields[f"{name}_kernel"] = arrays[f"{torch_name}.weight"].T
             fields[f"{name}_bias"] = arrays[f"{torch_name}.bias"]
         return cls(**fields, norm_scale=arrays["norm.weight"], norm_bias=arrays["norm.bias"])
+
+
+class EvoState(NamedTuple):
+    """All that later tokens need of the ones before, however many those are: the cache of a causal EvoAttention.
+
+    Attributes:
+        sum: (B, H, D), of v; as `gated_sum` in the accumulation dtype, float32 or float64.
+        gated_sum: (B, H, D), of g v.
+        count: (B,) int32, how many tokens each sequence has; masked ones are none.
+
+    >>> import jax.numpy as jnp
+    >>> state = EvoState(jnp.zeros((2, 1, 4)), jnp.zeros((2, 1, 4)), jnp.array([3, 5], jnp.int32))
+    >>> state.take(jnp.array([1, 1, 0])).count.tolist()
+    [5, 5, 3]
+    """
+
+    sum: Any
+    gated_sum: Any
+    count: Any
+
+    take = take_sequences
 
 
 @dataclass(frozen=True, slots=True)
