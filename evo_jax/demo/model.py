@@ -2,19 +2,37 @@
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple, cast, overload
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
 from evo_jax.demo.settings import Settings
+from evo_jax.demo.shift import SHIFTS, Arrivals, token_shift, token_shift_after
 from evo_jax.factory import CUDA
 from evo_jax.modules import EvoAttention
 from evo_jax.rotary import rotary_embedding
+from reference.states import take_sequences
 
 VOCABULARY = 256
-_SHIFTS = 4
+
+
+class BlockCache(NamedTuple):
+    """The attention's own cache, and the last tokens (B, SHIFTS - 1, E) that each of the two shifts has seen."""
+
+    attention: Any
+    before_attention: jax.Array
+    before_mlp: jax.Array
+
+
+class ModelCache(NamedTuple):
+    """How many tokens the model has seen, `lengths` (B,) int32, and the cache of each block."""
+
+    lengths: jax.Array
+    blocks: tuple[BlockCache, ...]
+
+    take = take_sequences
 
 
 class EvoMixer(nnx.Module):
@@ -33,9 +51,15 @@ class EvoMixer(nnx.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         return self.output(self.attention(self.value(x), causal=True))
 
+    def resume(self, x: jax.Array, cache: Any, new: Arrivals) -> tuple[jax.Array, Any]:
+        """The same for the tokens after those in the cache."""
+        # With a cache the layer gives a pair.
+        out, cache = cast(Any, self.attention)(self.value(x), attention_mask=new.mask, cache=cache)
+        return self.output(out), cache
+
 
 class FactoryMixer(nnx.Module):
-    """A layer of the CUDA factory without its cache, told the positions by rotary embeddings."""
+    """A layer of the CUDA factory, told the positions by rotary embeddings."""
 
     def __init__(self, name: str, settings: Settings, dtype: Any, rngs: nnx.Rngs):
         self.head_dim = settings.width // settings.heads
@@ -48,13 +72,20 @@ class FactoryMixer(nnx.Module):
         self.attention = CUDA.create(name, settings.width, settings.heads, dtype=dtype, rngs=rngs, **options)
 
     def __call__(self, x: jax.Array) -> jax.Array:
+        return self.attention(x, position_embeddings=self._tables(jnp.arange(x.shape[1])))[0]
+
+    def resume(self, x: jax.Array, cache: Any, new: Arrivals) -> tuple[jax.Array, Any]:
+        """The same for the tokens after those in the cache."""
+        tables = self._tables(new.positions)
+        return self.attention(x, attention_mask=new.mask, position_embeddings=tables, cache=cache)
+
+    def _tables(self, positions: jax.Array) -> tuple[jax.Array, jax.Array] | None:
         # Odd heads have no pairs to turn: the token shift alone tells their order.
-        tables = None if self.head_dim % 2 else rotary_embedding(jnp.arange(x.shape[1]), self.head_dim)
-        return self.attention(x, position_embeddings=tables)[0]
+        return None if self.head_dim % 2 else rotary_embedding(positions, self.head_dim)
 
 
 # From the name on the command line to what builds the layer, a causal (B, L, E) -> (B, L, E).
-ATTENTION: dict[str, Callable[[Settings, Any, nnx.Rngs], nnx.Module]] = {
+ATTENTION: dict[str, Callable[[Settings, Any, nnx.Rngs], Any]] = {
     "evo": EvoMixer,
     **{name: partial(FactoryMixer, name) for name in ("flash", "sliding_window", "sparse", "linear", "multiscale")},
 }
@@ -84,27 +115,58 @@ class Block(nnx.Module):
         x = x + self.attention(token_shift(self.norm1(x)))
         return x + self.mlp(token_shift(self.norm2(x)))
 
+    def resume(self, x: jax.Array, cache: BlockCache, new: Arrivals) -> tuple[jax.Array, BlockCache]:
+        """The same for the tokens after those in the cache."""
+        shifted, before_attention = token_shift_after(cache.before_attention, self.norm1(x), new)
+        mixed, attention = self.attention.resume(shifted, cache.attention, new)
+        x = x + mixed
+        shifted, before_mlp = token_shift_after(cache.before_mlp, self.norm2(x), new)
+        return x + self.mlp(shifted), BlockCache(attention, before_attention, before_mlp)
+
 
 class LanguageModel(nnx.Module):
     """Embedding, blocks, norm, and the embedding again as the head: (B, L) bytes -> (B, L, 256) float32 logits."""
 
     def __init__(self, settings: Settings, rngs: nnx.Rngs):
         self.dtype = jnp.dtype(settings.dtype)
+        self.width = settings.width
         normal = nnx.initializers.normal(0.02)
         self.embedding = nnx.Embed(VOCABULARY, settings.width, dtype=self.dtype, embedding_init=normal, rngs=rngs)
         self.embedding_norm = nnx.RMSNorm(settings.width, dtype=self.dtype, rngs=rngs)
         self.blocks = nnx.List([Block(settings, self.dtype, rngs) for _ in range(settings.layers)])
         self.norm = nnx.RMSNorm(settings.width, dtype=self.dtype, rngs=rngs)
 
-    def __call__(self, tokens: jax.Array) -> jax.Array:
+    def init_cache(self, batch_size: int, capacity: int) -> ModelCache:
+        """The cache before the first byte, with room for `capacity` of them in each sequence."""
+        rows = jnp.zeros((batch_size, SHIFTS - 1, self.width), self.dtype)
+        attention = (block.attention.attention.init_cache(batch_size, capacity) for block in self.blocks)
+        return ModelCache(jnp.zeros(batch_size, jnp.int32), tuple(BlockCache(cache, rows, rows) for cache in attention))
+
+    @overload
+    def __call__(self, tokens: jax.Array) -> jax.Array: ...
+
+    @overload
+    def __call__(
+        self, tokens: jax.Array, cache: ModelCache, attention_mask: jax.Array | None = None
+    ) -> tuple[jax.Array, ModelCache]: ...
+
+    def __call__(self, tokens, cache=None, attention_mask=None):
+        """Logits; with a cache, of the tokens after those in it, and the cache after them.
+
+        `attention_mask` (B, L) bool, with a cache only, is False for a token that does not exist: its logits mean
+        nothing, and it leaves no trace in the cache.
+        """
         x = self.embedding_norm(self.embedding(tokens))
-        for block in self.blocks:
-            x = block(x)
+        if cache is None:
+            assert attention_mask is None
+            for block in self.blocks:
+                x = block(x)
+            return self._head(x)
+        new, blocks = Arrivals.of(cache.lengths, tokens.shape, attention_mask), []
+        for block, before in zip(self.blocks, cache.blocks, strict=True):
+            x, after = block.resume(x, before, new)
+            blocks.append(after)
+        return self._head(x), ModelCache(cache.lengths + new.counts, tuple(blocks))
+
+    def _head(self, x: jax.Array) -> jax.Array:
         return self.embedding.attend(self.norm(x)).astype(jnp.float32)
-
-
-def token_shift(x: jax.Array) -> jax.Array:
-    """(B, L, E) with the k-th quarter of its channels taken from k positions earlier, zeros before the first."""
-    parts = jnp.array_split(x, _SHIFTS, axis=-1)
-    late = [jnp.pad(part, ((0, 0), (k, 0), (0, 0)))[:, : x.shape[1]] for k, part in enumerate(parts)]
-    return jnp.concatenate(late, axis=-1)
