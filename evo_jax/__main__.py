@@ -30,6 +30,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     _add_demo(commands)
+    _add_generate(commands)
     return parser
 
 
@@ -76,12 +77,7 @@ _NUMBERS = {
 
 
 def _demo(arguments: argparse.Namespace) -> int:
-    missing = [package for module, package in _DEMO_LIBRARIES.items() if importlib.util.find_spec(module) is None]
-    if missing:
-        print(
-            f"the demo needs {', '.join(missing)}: install the extra `demo`: pip install 'evo-jax[demo]'",
-            file=sys.stderr,
-        )
+    if not _has_libraries("demo"):
         return 1
     from evo_jax.demo import run
 
@@ -92,6 +88,69 @@ def _demo(arguments: argparse.Namespace) -> int:
         print(f"demo: {error}", file=sys.stderr)
         return 1
     return 0 if finished else INTERRUPTED
+
+
+def _has_libraries(name: str) -> bool:
+    missing = [package for module, package in _DEMO_LIBRARIES.items() if importlib.util.find_spec(module) is None]
+    if missing:
+        way_out = "install the extra `demo`: pip install 'evo-jax[demo]'"
+        print(f"{name} needs {', '.join(missing)}: {way_out}", file=sys.stderr)
+    return not missing
+
+
+def _add_generate(commands) -> None:
+    command = commands.add_parser(
+        "generate",
+        help="continue a text with a model that the demo trained",
+        description="Continue a text, byte by byte, with the newest checkpoint of a run of the demo; its speed goes to "
+        "standard error.",
+    )
+    command.add_argument(
+        "--checkpoint", type=Path, required=True, metavar="DIR", help="the --out folder of the demo's run"
+    )
+    command.add_argument("--prompt", required=True, metavar="TEXT", help="what to continue; - reads standard input")
+    command.add_argument("--length", type=int, default=300, metavar="N", help="new bytes at most (default %(default)s)")
+    command.add_argument(
+        "--temperature", type=float, default=0.7, metavar="X", help="0 takes the likeliest byte (default %(default)s)"
+    )
+    command.add_argument("--top-k", type=int, metavar="K", help="draw among the K likeliest bytes alone")
+    command.add_argument(
+        "--top-p", type=float, metavar="P", help="draw among the fewest bytes that hold the probability P"
+    )
+    command.add_argument("--seed", type=int, default=0, metavar="N", help="of what is drawn (default %(default)s)")
+    command.add_argument("--stop", metavar="BYTE", help=r"a character after which to stop, such as \n")
+    command.set_defaults(run=_generate)
+
+
+def _generate(arguments: argparse.Namespace) -> int:
+    if not _has_libraries("generate"):
+        return 1
+    from evo_jax.demo import continuation, report
+
+    sampler = {name: getattr(arguments, name) for name in ("length", "temperature", "top_k", "top_p", "seed")}
+    try:
+        sampler = continuation.Sampler(**sampler, stop=_stop_byte(arguments.stop))
+        if (given := arguments.prompt) == "-":
+            prompt = sys.stdin.buffer.read()
+        else:
+            prompt = given.encode(errors="surrogateescape")  # as Python kept bytes that are no UTF-8
+        written = continuation.continue_checkpoint(arguments.checkpoint, prompt, sampler)
+    except (DemoError, NotImplementedError) as error:
+        print(f"generate: {error}", file=sys.stderr)
+        return 1
+    print(report.printable(prompt + written.text), flush=True)
+    count, seconds = len(written.text), written.seconds
+    print(f"{count} tokens in {seconds:.2f} s: {count / max(seconds, 1e-9):,.0f} tokens/s", file=sys.stderr)
+    return 0
+
+
+def _stop_byte(given: str | None) -> int | None:
+    if given is None:
+        return None
+    text = {r"\n": "\n", r"\t": "\t"}.get(given, given).encode(errors="surrogateescape")
+    if len(text) != 1:
+        raise DemoError(rf"--stop {given!r} must be one byte, such as . or \n")
+    return text[0]
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 import shutil
 from pathlib import Path
+from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
@@ -35,13 +36,19 @@ class Checkpoints:
             self._manager.save(step, args=ocp.args.StandardSave(state._asdict()), force=True)
 
     def restore(self, like: TrainState) -> TrainState:
-        """The newest state, in the structure and on the device of `like`.
+        """The newest state, in the structure and on the device of `like`: arrays, or shapes for the default device.
 
         Raises:
             DemoError: there is none.
         """
         step = self._manager.latest_step()
         if step is None:
-            raise DemoError(f"--resume: no checkpoint in {str(self.folder)!r}; start a run without --resume")
-        target = jax.tree.map(ocp.utils.to_shape_dtype_struct, like._asdict())
+            raise DemoError(f"there is no checkpoint in {str(self.folder)!r}; run the demo without --resume")
+        target = jax.tree.map(_on_device, like._asdict())
         return TrainState(**self._manager.restore(step, args=ocp.args.StandardRestore(target)))
+
+
+def _on_device(x: Any) -> Any:
+    """Shape, dtype and place of `x`."""
+    place = x.sharding if isinstance(x, jax.Array) else jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place)

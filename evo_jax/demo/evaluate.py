@@ -1,4 +1,4 @@
-"""What a trained model is asked at the end of the demo: its held-out bits per byte, and a continuation of a prompt."""
+"""The held-out bits per byte of a trained model."""
 
 import math
 from collections.abc import Callable
@@ -12,7 +12,6 @@ from evo_jax.demo.settings import Settings
 from evo_jax.demo.train import Trainer, next_byte_loss
 
 _BATCH_TOKENS = 4096
-_TEMPERATURE = 0.7
 
 
 def held_out_bits_per_byte(
@@ -42,20 +41,3 @@ def held_out_bits_per_byte(
         nats += float(fresh[scored[first * half : first * half + fresh.size]].sum())
         progress(min(1.0, (first + batch) / count))
     return nats / len(text) / math.log(2)
-
-
-def continuation(trainer: Trainer, settings: Settings, params: Any, prompt: bytes, length: int) -> bytes:
-    """`length` bytes drawn one by one after `prompt`, by running the model over the latest seq_len bytes for each."""
-
-    @jax.jit
-    def draw(params: Any, window: jax.Array, count: jax.Array, key: jax.Array) -> jax.Array:
-        logits = trainer.logits(params, window[None])[0]
-        return jax.random.categorical(key, logits[count - 1] / _TEMPERATURE)
-
-    keys = jax.random.split(jax.random.key(settings.seed), length)
-    written = bytearray(prompt)
-    for key in keys:
-        latest = bytes(written[-settings.seq_len :])
-        window = np.frombuffer(latest.ljust(settings.seq_len, b"\n"), np.uint8).astype(np.int32)
-        written.append(int(draw(params, jnp.asarray(window), jnp.asarray(len(latest)), key)))
-    return bytes(written[len(prompt) :])

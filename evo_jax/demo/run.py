@@ -16,6 +16,7 @@ from rich.console import Console
 from evo_jax import backend, explain
 from evo_jax.demo import baselines, evaluate, report, settings
 from evo_jax.demo.checkpoint import Checkpoints
+from evo_jax.demo.continuation import Sampler, continuation
 from evo_jax.demo.losses import Losses
 from evo_jax.demo.progress import Meter
 from evo_jax.demo.settings import DemoError, Settings
@@ -135,9 +136,9 @@ def _finish(run: _Run, state: TrainState, losses: Losses) -> None:
     }
     console.print(report.table(bits_per_byte, len(held_out)))
     with console.status("writing a continuation"):
-        written = evaluate.continuation(run.trainer, chosen, state.params, _PROMPT, _SAMPLE_BYTES)
+        written = continuation(run.trainer, chosen, state.params, _PROMPT, Sampler(_SAMPLE_BYTES, seed=chosen.seed))
     console.rule("a continuation")
-    console.print(report.printable(_PROMPT + written), markup=False, highlight=False)
+    console.print(report.printable(_PROMPT + written.text), markup=False, highlight=False)
     console.rule()
     report.plot_losses(run.out / "loss.png", losses.values, bits_per_byte)
     report.save_scores(run.out / "scores.json", bits_per_byte)

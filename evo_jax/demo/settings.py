@@ -62,12 +62,7 @@ def load(folder: Path, given: Mapping[str, Any], warn: Callable[[str], Any]) -> 
     Raises:
         DemoError: there is no run in `folder`, or `given` contradicts it.
     """
-    path = folder / _FILE
-    if not path.is_file():
-        raise DemoError(
-            f"--resume: there is no run in {str(folder)!r} ({_FILE} is missing); start one without --resume"
-        )
-    saved = json.loads(path.read_text())
+    saved = _read(folder, "--resume", "start one without --resume")
     for name, value in given.items():
         if name != "steps" and saved[name] != value:
             flag = "--" + name.replace("_", "-")
@@ -77,3 +72,19 @@ def load(folder: Path, given: Mapping[str, Any], warn: Callable[[str], Any]) -> 
     if (steps := given.get("steps", saved["steps"])) != saved["steps"]:
         warn(f"--steps {steps}, earlier {saved['steps']}: the learning rates, and so the losses, differ from here")
     return Settings(**{**saved, **given})
+
+
+def of_checkpoint(folder: Path) -> Settings:
+    """The settings of the run in `folder`, whose model is to be used.
+
+    Raises:
+        DemoError: there is no run in `folder`.
+    """
+    return Settings(**_read(folder, "--checkpoint", "give the --out folder of a demo"))
+
+
+def _read(folder: Path, flag: str, way_out: str) -> dict[str, Any]:
+    path = folder / _FILE
+    if not path.is_file():
+        raise DemoError(f"{flag}: there is no run in {str(folder)!r} ({_FILE} is missing); {way_out}")
+    return json.loads(path.read_text())

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 
-from evo_jax.demo.model import LanguageModel
+from evo_jax.demo.model import LanguageModel, ModelCache
 from evo_jax.demo.settings import Settings
 
 _MOST_WARMUP = 100
@@ -25,16 +25,23 @@ class TrainState(NamedTuple):
 
 
 class Trainer(NamedTuple):
-    """The model's static part, and the jitted functions of a run."""
+    """The jitted functions of a run, and the model as functions of its parameters, with a cache and without.
+
+    `decode` takes (params, tokens, cache, attention_mask=None); `init_cache` takes how many sequences and their
+    capacity.
+    """
 
     init: Callable[[], TrainState]
     step: Callable[[TrainState, jax.Array], tuple[TrainState, jax.Array]]
     logits: Callable[[Any, jax.Array], jax.Array]
+    decode: Callable[..., tuple[jax.Array, Any]]
+    init_cache: Callable[[int, int], Any]
 
 
 def build(settings: Settings) -> Trainer:
     """The functions of a run: initial state, one training step, and the model as a pure function of its parameters."""
-    graph, _ = nnx.split(nnx.eval_shape(lambda: LanguageModel(settings, nnx.Rngs(settings.seed))))
+    abstract = nnx.eval_shape(lambda: LanguageModel(settings, nnx.Rngs(settings.seed)))
+    graph, _ = nnx.split(abstract)
     optimizer = _optimizer(settings)
 
     @jax.jit
@@ -46,6 +53,11 @@ def build(settings: Settings) -> Trainer:
         model = nnx.merge(graph, nnx.State(params))
         return model(tokens)
 
+    def decode(
+        params: Any, tokens: jax.Array, cache: ModelCache, attention_mask: jax.Array | None = None
+    ) -> tuple[jax.Array, ModelCache]:
+        return nnx.merge(graph, nnx.State(params))(tokens, cache, attention_mask)
+
     def step(state: TrainState, text: jax.Array) -> tuple[TrainState, jax.Array]:
         windows = _batch(settings, state.step, text)
         loss, gradients = jax.value_and_grad(lambda params: next_byte_loss(logits, params, windows).mean())(
@@ -54,7 +66,7 @@ def build(settings: Settings) -> Trainer:
         updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
         return TrainState(optax.apply_updates(state.params, updates), opt_state, state.step + 1), loss
 
-    return Trainer(init, jax.jit(step, donate_argnums=0), logits)
+    return Trainer(init, jax.jit(step, donate_argnums=0), logits, decode, abstract.init_cache)
 
 
 def next_byte_loss(logits: Callable[[Any, jax.Array], jax.Array], params: Any, windows: jax.Array) -> jax.Array:
