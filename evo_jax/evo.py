@@ -114,7 +114,7 @@ def evo_attention(
     before = None if state is None or initial_state is None else state.count
     v, rows = padding.resolve(_OP, v, attention_mask, mask_semantics, spec.causal, before)
     arrays = (v,) if query is None else (v, query)
-    how = choose(_OP, implementation, lambda: "a state" if state else _refusal(v, params, spec), arrays)
+    how = choose(_OP, implementation, lambda: _refusal(v, params, spec), arrays)
     carry = None if state is None else (state.sum, state.gated_sum)
     out, last = _run(v, query, params, rows, carry, spec, how, launch)
     if state is None or last is None or not return_state:
@@ -186,4 +186,4 @@ def _run(
     from pallas_kernels import evo
 
     v = require_cuda(v, _OP) if how == "triton" else v
-    return evo.evo(v, query, params, rows, spec, mode=how, **dict(launch)), None
+    return evo.evo_from(v, query, params, rows, carry, evo.Options(spec, how, **dict(launch)))

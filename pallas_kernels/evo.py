@@ -7,11 +7,12 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels import evo_step
 from pallas_kernels.evo_bwd import backward
 from pallas_kernels.evo_fwd import Inputs, Tables, forward
 from pallas_kernels.evo_tile import Geometry
 from pallas_kernels.launch import evo_launch
-from reference.evo import EvoParams, EvoSpec, evo_chunked
+from reference.evo import Carry, EvoParams, EvoSpec, evo_chunked, evo_chunked_from
 
 MAX_WIDTH = 256
 DTYPES = ("bfloat16", "float16", "float32")
@@ -23,9 +24,9 @@ class Options:
 
     spec: EvoSpec
     mode: str  # "triton", "interpret", or "platform": the kernels when lowered for CUDA, else the reference
-    block_m: int | None
-    num_warps: int | None
-    num_stages: int | None
+    block_m: int | None = None
+    num_warps: int | None = None
+    num_stages: int | None = None
 
 
 class Residuals(NamedTuple):
@@ -35,6 +36,7 @@ class Residuals(NamedTuple):
     query: jax.Array | None
     params: EvoParams
     rows: jax.Array | None
+    carry: Carry | None
     tables: Tables
 
 
@@ -61,67 +63,110 @@ def evo(
     num_stages: int | None = None,
 ) -> jax.Array:
     """EvoAttention of v (B, H, L, D), as reference.evo.evo_chunked; `rows` has no gradient."""
-    if v.size == 0:
-        return v
-    return _evo(v, query, params, rows, Options(spec, mode, block_m, num_warps, num_stages))
+    return evo_from(v, query, params, rows, None, Options(spec, mode, block_m, num_warps, num_stages))[0]
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(4,))
-def _evo(v: jax.Array, query: Any, params: EvoParams, rows: Any, options: Options) -> jax.Array:
-    return _run(v, query, params, rows, options)[0]
+def evo_from(
+    v: jax.Array, query: jax.Array | None, params: EvoParams, rows: jax.Array | None, carry: Carry | None, how: Options
+) -> tuple[jax.Array, Carry | None]:
+    """The same after tokens that left `carry`, as reference.evo.evo_chunked_from; without one, (output, None)."""
+    return (v, carry) if v.size == 0 else _evo(v, query, params, rows, carry, how)
 
 
-def _vjp_forward(v: jax.Array, query: Any, params: EvoParams, rows: Any, options: Options) -> tuple[Any, Residuals]:
-    out, tables = _run(v, query, params, rows, options)
-    return out, Residuals(v, query, params, rows, tables)
+@partial(jax.custom_vjp, nondiff_argnums=(5,))
+def _evo(v: jax.Array, query: Any, params: EvoParams, rows: Any, carry: Any, options: Options) -> tuple[Any, Any]:
+    out, _, last = _run(v, query, params, rows, carry, options)
+    return out, last
 
 
-def _vjp_backward(options: Options, saved: Residuals, d_out: jax.Array) -> tuple[Any, Any, EvoParams, None]:
+def _vjp_forward(
+    v: jax.Array, query: Any, params: EvoParams, rows: Any, carry: Any, options: Options
+) -> tuple[tuple[Any, Any], Residuals]:
+    out, tables, last = _run(v, query, params, rows, carry, options)
+    return (out, last), Residuals(v, query, params, rows, carry, tables)
+
+
+def _vjp_backward(options: Options, saved: Residuals, cotangents: Any) -> tuple[Any, Any, EvoParams, None, Any]:
     kernel = partial(_kernel_backward, options=options)
     if options.mode == "platform":
         fallback = partial(_reference_backward, spec=options.spec)
-        d_v, d_query, d_params = jax.lax.platform_dependent(saved, d_out, cuda=kernel, default=fallback)
+        grads = jax.lax.platform_dependent(saved, cotangents, cuda=kernel, default=fallback)
     else:
-        d_v, d_query, d_params = kernel(saved, d_out)
-    return d_v, d_query, d_params, None
+        grads = kernel(saved, cotangents)
+    d_v, d_query, d_params, d_carry = grads
+    return d_v, d_query, d_params, None, d_carry
 
 
 _evo.defvjp(_vjp_forward, _vjp_backward)
 
 
-def _run(v: jax.Array, query: Any, params: EvoParams, rows: Any, options: Options) -> tuple[jax.Array, Tables]:
+def _run(
+    v: jax.Array, query: Any, params: EvoParams, rows: Any, carry: Any, options: Options
+) -> tuple[jax.Array, Tables, Any]:
+    """(output, carry tables, the carry after the last token or None)."""
     kernel = partial(_kernel_forward, options=options)
     if options.mode != "platform":
-        return kernel(v, query, params, rows)
-    types = jax.eval_shape(kernel, v, query, params, rows)[1]
+        return kernel(v, query, params, rows, carry)
+    types = jax.eval_shape(kernel, v, query, params, rows, carry)[1]
 
-    def fallback(v: jax.Array, query: Any, params: EvoParams, rows: Any) -> tuple[jax.Array, Tables]:
+    def fallback(v: jax.Array, query: Any, params: EvoParams, rows: Any, carry: Any) -> tuple[jax.Array, Tables, Any]:
         # The reference keeps no carries: its backward starts from the inputs, and the tables stay empty.
-        return evo_chunked(v, query, params, rows, options.spec), Tables(*(jnp.zeros(t.shape, t.dtype) for t in types))
+        out, last = _reference(v, query, params, rows, carry, options.spec)
+        return out, Tables(*(jnp.zeros(t.shape, t.dtype) for t in types)), last
 
-    return jax.lax.platform_dependent(v, query, params, rows, cuda=kernel, default=fallback)
+    return jax.lax.platform_dependent(v, query, params, rows, carry, cuda=kernel, default=fallback)
 
 
 def _kernel_forward(
-    v: jax.Array, query: Any, params: EvoParams, rows: Any, options: Options
-) -> tuple[jax.Array, Tables]:
-    out, tables = forward(_inputs(v, query, params, rows), _geometry(v, query, params, options))
-    return out.reshape(v.shape), tables
+    v: jax.Array, query: Any, params: EvoParams, rows: Any, carry: Any, options: Options
+) -> tuple[jax.Array, Tables, Any]:
+    inputs, geo = _inputs(v, query, params, rows), _geometry(v, query, params, options)
+    before = None if carry is None else _tables(carry)
+    if before is not None and geo.length == 1:
+        out, last = evo_step.forward(inputs, before, geo)
+        tables = Tables(before.context[:, None], before.gated[:, None])
+    else:
+        out, tables, last = forward(inputs, before, geo)
+    return out.reshape(v.shape), tables, None if last is None else _carry(last, carry)
 
 
-def _kernel_backward(saved: Residuals, d_out: jax.Array, options: Options) -> tuple[Any, Any, EvoParams]:
-    v, query, params, rows, tables = saved
+def _kernel_backward(saved: Residuals, cotangents: Any, options: Options) -> tuple[Any, Any, EvoParams, Any]:
+    v, query, params, rows, carry, tables = saved
+    d_out, d_last = cotangents
     geo = _geometry(v, query, params, options, backward=True)
     inputs = _inputs(v, query, params, rows)
-    d_v, d_query, d_params = backward(inputs, tables, d_out.reshape(inputs.v.shape), geo)
-    d_params = jax.tree.map(lambda grad, p: grad.astype(p.dtype), d_params, params)
-    return d_v.reshape(v.shape), None if d_query is None else d_query.reshape(v.shape), d_params
+    after = None if carry is None else _tables(d_last)
+    grads = backward(inputs, tables, d_out.reshape(inputs.v.shape), after, geo)
+    d_params = jax.tree.map(lambda grad, p: grad.astype(p.dtype), grads.params, params)
+    d_query = None if grads.query is None else grads.query.reshape(v.shape)
+    d_carry = None if carry is None else _carry(Tables(grads.context, grads.gated), carry)
+    return grads.v.reshape(v.shape), d_query, d_params, d_carry
 
 
-def _reference_backward(saved: Residuals, d_out: jax.Array, spec: EvoSpec) -> tuple[Any, Any, EvoParams]:
-    v, query, params, rows, _ = saved
-    _, vjp = jax.vjp(lambda v, query, params: evo_chunked(v, query, params, rows, spec), v, query, params)
-    return vjp(d_out)
+def _reference(v: jax.Array, query: Any, params: EvoParams, rows: Any, carry: Any, spec: EvoSpec) -> tuple[Any, Any]:
+    if carry is None:
+        return evo_chunked(v, query, params, rows, spec), None
+    return evo_chunked_from(v, query, params, rows, spec, carry)
+
+
+def _reference_backward(saved: Residuals, cotangents: Any, spec: EvoSpec) -> tuple[Any, Any, EvoParams, Any]:
+    v, query, params, rows, carry, _ = saved
+
+    def run(v: jax.Array, query: Any, params: EvoParams, carry: Any) -> tuple[Any, Any]:
+        return _reference(v, query, params, rows, carry, spec)
+
+    return jax.vjp(run, v, query, params, carry)[1](cotangents)
+
+
+def _tables(carry: Carry) -> Tables:
+    """(B, H, D) seen as (B * H, D)."""
+    return Tables(*(a.reshape(-1, a.shape[-1]) for a in carry))
+
+
+def _carry(tables: Tables, like: Any) -> Carry:
+    """(B * H, D) as (B, H, D), the shape and dtype of `like`."""
+    context, gated = (a.reshape(b.shape).astype(b.dtype) for a, b in zip(tables, like, strict=True))
+    return context, gated
 
 
 def _inputs(v: jax.Array, query: Any, params: EvoParams, rows: Any) -> Inputs:

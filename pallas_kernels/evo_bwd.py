@@ -36,16 +36,19 @@ class State(NamedTuple):
     params: EvoParams  # float32 sums
 
 
-def backward(
-    inputs: Inputs, tables: Tables, d_out: jax.Array, geo: Geometry
-) -> tuple[jax.Array, jax.Array | None, EvoParams]:
-    """Gradients of v, of query (None where query is), and of params (float32)."""
+def backward(inputs: Inputs, tables: Tables, d_out: jax.Array, d_last: Tables | None, geo: Geometry) -> State:
+    """Gradients of v, of query (None where query is), of params (float32), and of the carry before the first token.
+
+    `d_last` is that of the carry after the last token: the reverse sums start from it, and what they arrive at is the
+    gradient of the first carry.
+    """
     groups, _, width = inputs.v.shape
     chunks = segment_chunks(groups, inputs.v.dtype.itemsize, geo)
     segments = -(-geo.chunks // chunks)
+    zeros = jnp.zeros((groups, width), geo.accum)
     state = State(
-        jnp.zeros((groups, width), geo.accum),
-        jnp.zeros((groups, width), geo.accum),
+        zeros if d_last is None else d_last.gated,
+        zeros if d_last is None else d_last.context,
         jnp.zeros_like(inputs.v),
         None if inputs.query is None else jnp.zeros_like(inputs.query),
         EvoParams(*(jnp.zeros(p.shape, jnp.float32) for p in inputs.params)),
@@ -58,7 +61,7 @@ def backward(
     state = step(0, state) if segments == 1 else jax.lax.fori_loop(0, segments, step, state)
     if not geo.causal:
         state = _through_totals(state, inputs, tables, geo)
-    return state.v, state.query, state.params
+    return state
 
 
 def segment_chunks(groups: int, itemsize: int, geo: Geometry) -> int:

@@ -41,26 +41,35 @@ class Inputs(NamedTuple):
         return Inputs(plk.per_group(self.v, group_axis), query, rows, EvoParams(*map(plk.whole, self.params)))
 
 
-def forward(inputs: Inputs, geo: Geometry) -> tuple[jax.Array, Tables]:
-    """Output (G, L, D) and the carry tables."""
-    tables = carry_tables(inputs, geo)
+def forward(inputs: Inputs, carry: Tables | None, geo: Geometry) -> tuple[jax.Array, Tables, Tables | None]:
+    """Output (G, L, D), the carry tables, and what the last token leaves, (G, D) each, if `carry` is what precedes."""
+    tables, last = carry_tables(inputs, carry, geo)
     out_type = jax.ShapeDtypeStruct(inputs.v.shape, inputs.v.dtype)
     if geo.blocks == 1:
-        return _launch("evo_output", _output_kernel, inputs, tables, out_type, geo), tables
+        return _launch("evo_output", _output_kernel, inputs, tables, out_type, geo), tables, last
     gate_type = jax.ShapeDtypeStruct(inputs.v.shape, geo.dot_dtype)
     gate = _launch("evo_gate", _gate_kernel, inputs, tables, gate_type, geo)
-    return _norm(inputs, tables, gate, geo), tables
+    return _norm(inputs, tables, gate, geo), tables, last
 
 
-def carry_tables(inputs: Inputs, geo: Geometry) -> Tables:
+def carry_tables(inputs: Inputs, carry: Tables | None, geo: Geometry) -> tuple[Tables, Tables | None]:
     """Sums over chunks and their scans; the second needs the first, since the gate reads the running mean."""
     table = jax.ShapeDtypeStruct((inputs.v.shape[0], geo.chunks, geo.width), geo.accum)
     sums = _launch("evo_sums", _sums_kernel, inputs, None, table, geo)
     if not geo.causal:
-        return totals_to_tables(sums.sum(1, keepdims=True), inputs.rows, inputs.params, geo)
-    context = exclusive_carries(sums)
-    gated = _launch("evo_gated_sums", _gated_sums_kernel, inputs, Tables(context, None), table, geo)
-    return Tables(context, exclusive_carries(gated))
+        return totals_to_tables(sums.sum(1, keepdims=True), inputs.rows, inputs.params, geo), None
+    context = _carries(sums, carry and carry.context)
+    gated_sums = _launch("evo_gated_sums", _gated_sums_kernel, inputs, Tables(context, None), table, geo)
+    gated = _carries(gated_sums, carry and carry.gated)
+    last = None if carry is None else Tables(context[:, -1] + sums[:, -1], gated[:, -1] + gated_sums[:, -1])
+    return Tables(context, gated), last
+
+
+def _carries(sums: jax.Array, before: Any) -> jax.Array:
+    """What precedes each chunk, (G, n, D), with `before` (G, D) or nothing in front of the first."""
+    if before is None:
+        return exclusive_carries(sums)
+    return jnp.cumsum(jnp.concatenate([before[:, None], sums[:, :-1]], axis=1), axis=1)
 
 
 def totals_to_tables(context: jax.Array, rows: Any, params: EvoParams, geo: Geometry) -> Tables:
@@ -224,6 +233,11 @@ def _norm_kernel(inputs: Inputs, tables: Tables, gate_ref: Any, out_ref: Any, *,
         context = t.prefix(tables.context, chunk, block, v, geo).astype(jnp.float32)
         _, ok = t.columns(block, geo)
         parts.append((block, ok, jnp.where(rows.live[:, None] & ok[None, :], final * context, 0.0)))
+    store_layer_norm(inputs, rows, parts, out_ref, geo)
+
+
+def store_layer_norm(inputs: Inputs, rows: t.Rows, parts: list, out_ref: Any, geo: Geometry) -> None:
+    """Write LayerNorm of whole rows, given as (column block, which of its columns exist, tile) of every block."""
     mean = reduce(jnp.add, [y.sum(1) for _, _, y in parts])[:, None] / geo.width
     centred = [(block, jnp.where(ok[None, :], y - mean, 0.0)) for block, ok, y in parts]
     variance = reduce(jnp.add, [(y * y).sum(1) for _, y in centred]) / geo.width
