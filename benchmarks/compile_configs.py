@@ -127,6 +127,44 @@ def attention_build(op: str, kv_heads: int = 32, *, gradient: bool = True, array
     return build
 
 
+def decode_build(
+    queries: int, kv_heads: int, keys: int = 32768, cache_dtype: str | None = None, **options: Any
+) -> Build:
+    """flash_attention of the last few tokens of 8 sequences of their own lengths, 32 heads, over a cache."""
+
+    def build(dtype: str, width: int) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+        query = jax.ShapeDtypeStruct((8, queries, 32, width), dtype)
+        key, lengths = (
+            jax.ShapeDtypeStruct((8, keys, kv_heads, width), cache_dtype or dtype),
+            jax.ShapeDtypeStruct((8,), "int32"),
+        )
+
+        def forward(key: Any, value: Any, query: Any, lengths: Any) -> Any:
+            named = {"key_value_seq_lengths": lengths, "implementation": "triton"}
+            return evo_jax.flash_attention(query, key, value, **named, **options)
+
+        return forward, (key, key, query, lengths)
+
+    return build
+
+
+def _linear_step(dtype: str, width: int) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+    """linear_attention of one token of 8 sequences, of which some have none."""
+    token = jax.ShapeDtypeStruct((8, 1, 32, width), dtype)
+    kv, z = (jax.ShapeDtypeStruct((8, 32, *shape), "float32") for shape in ((width, width), (width,)))
+
+    def step(kv: Any, z: Any, token: Any, valid: Any) -> Any:
+        return evo_jax.linear_attention(
+            *(token, token, token),
+            initial_state=LinearState(kv, z),
+            attention_mask=valid,
+            return_state=True,
+            implementation="triton",
+        )
+
+    return step, (kv, z, token, jax.ShapeDtypeStruct((8, 1), "bool"))
+
+
 WIDTHS = (64, 80, 128)
 TOKENS = ((1, 8192), "int32")
 EVERYTHING = {"segment_ids": TOKENS, "bias": ((1, 1, 1, 8192), None), "sinks": ((32,), "float32"),
@@ -197,4 +235,8 @@ CONFIGS: list[Config] = [
         (256,),
         0.12,
     ),
+    # Partial results of the splits: 2 MB for bfloat16 of width 128, where the cache's keys are 537 MB.
+    Config("decode", decode_build(1, 8), widths=(80, 128), temp_ratio=0.005),
+    Config("decode_grouped_queries", decode_build(8, 4, logits_soft_cap=30.0), ("bfloat16",), (256,), 0.15),
+    Config("step_linear", _linear_step, ("bfloat16",), (128,), 0.001),
 ]

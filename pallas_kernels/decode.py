@@ -9,22 +9,20 @@ import jax.numpy as jnp
 from pallas_kernels import _pallas as plk
 from pallas_kernels import tile as t
 from pallas_kernels.attend_fwd import Plan, refs_of
-from pallas_kernels.launch import AttendLaunch, decode_launch, decode_splits
+from pallas_kernels.launch import AttendLaunch, decode_launch, decode_rows, decode_splits
 from pallas_kernels.tile import Refs, Task
 from reference.dense import AttendInputs
 from reference.mask import Mask
 from reference.online_softmax import LOG2_E, SoftmaxState, finish, merge, update
 from reference.visit import Tiling, Visits, key_visits
 
-MOST_ROWS = 64  # of a tile: queries times the heads of a group
-
 
 def serves(inputs: AttendInputs, plan: Plan) -> bool:
     """Whether this forward is the one to run: by shapes alone. A caller who gives `block_q` wants tiles of queries."""
     mask = inputs.mask
     plain = inputs.bias is None and mask.keep is None and not plan.spec.dropout_rate and plan.block_q is None
-    rows = inputs.query.shape[1] * _group(inputs)
-    return plain and len(mask.pattern.windows) == 1 and rows <= MOST_ROWS and _splits(inputs, plan) > 1
+    few = _rows(inputs) <= decode_rows(_width(inputs), plan.dots(inputs).precision)
+    return plain and len(mask.pattern.windows) == 1 and few and _splits(inputs, plan) > 1
 
 
 def forward(inputs: AttendInputs, plan: Plan) -> tuple[jax.Array, jax.Array]:
@@ -42,10 +40,19 @@ def _group(inputs: AttendInputs) -> int:
     return inputs.query.shape[2] // inputs.key.shape[2]
 
 
+def _rows(inputs: AttendInputs) -> int:
+    """Of the one tile: queries times the heads of a group."""
+    return inputs.query.shape[1] * _group(inputs)
+
+
+def _width(inputs: AttendInputs) -> int:
+    return max(inputs.key.shape[3], inputs.value.shape[3])
+
+
 def _launch(inputs: AttendInputs, plan: Plan) -> AttendLaunch:
     own = {name: getattr(plan, name) for name in ("block_k", "num_warps", "num_stages")}
-    width, rows = max(inputs.key.shape[3], inputs.value.shape[3]), inputs.query.shape[1] * _group(inputs)
-    return decode_launch(width, plan.dots(inputs).precision, rows, interpret=plan.interpret, **own)
+    precision = plan.dots(inputs).precision
+    return decode_launch(_width(inputs), precision, _rows(inputs), interpret=plan.interpret, **own)
 
 
 def _splits(inputs: AttendInputs, plan: Plan) -> int:

@@ -127,6 +127,11 @@ def linear_step_launch(width: int, columns: int, *, interpret: bool, num_warps: 
     return LinearStepLaunch(1 << (width - 1).bit_length(), block, 4 if num_warps is None else num_warps, interpret)
 
 
+def _held_as(precision: str) -> str:
+    """Both 16-bit dtypes at once are multiplied as TF32, in float32 registers: launched as float32 is."""
+    return "tf32x3" if precision == "tf32" else precision
+
+
 @dataclass(frozen=True, slots=True)
 class AttendLaunch:
     """Statics of one launch of softmax attention."""
@@ -161,6 +166,7 @@ def attend_launch(
     rows but reads them again wherever they are used: in the gradients of wide rows, sooner for operands that are split
     into three for TF32. The forward takes narrower tiles unless the call is `plain` (no bias, soft cap or dropout).
     """
+    precision = _held_as(precision)
     table, split, forward = _ATTEND[precision][kind], precision == "tf32x3", kind == "forward"
     chosen = table[next(size for size in table if width <= size)]
     if forward and not plain:
@@ -184,6 +190,11 @@ def decode_splits(programs: int, tiles: int) -> int:
     return max(1, min(-(-SPLIT_WAVES * FILLED // max(programs, 1)), tiles // SPLIT_TILES))
 
 
+def decode_rows(width: int, precision: str) -> int:
+    """The most rows (queries of all heads of a group) that one program decodes without register spills."""
+    return max(rows for columns, rows in _DECODE[_held_as(precision)] if width <= columns)
+
+
 def decode_launch(
     width: int,
     precision: str,
@@ -198,20 +209,24 @@ def decode_launch(
 
     Memory-bound: stages keep loads in flight, and the products' rows are as few as a tensor core's tile has.
     """
-    block_q = max(16, 1 << (rows - 1).bit_length())
-    table = _DECODE[precision]
+    block_q, precision = max(16, 1 << (rows - 1).bit_length()), _held_as(precision)
+    table, widest = _DECODE[precision], 256
+    if precision == "tf32x3":
+        widest = 64 if block_q == 16 else 32
     chosen = table[next(size for size in table if width <= size[0] and block_q <= size[1])]
     given = (block_k, num_warps, num_stages)
     keys, warps, stages = (default if own is None else own for default, own in zip(chosen, given, strict=True))
-    return AttendLaunch(block_q, keys, warps, stages, interpret, 64 if precision == "tf32x3" else 256)
+    return AttendLaunch(block_q, keys, warps, stages, interpret, widest)
 
 
 # Precision of dot products, (most columns, most rows): keys of a tile, warps, stages.
 _DECODE = {
-    "bf16": {(128, 64): (64, 4, 3), (256, 64): (32, 4, 3)},
-    "fp16": {(128, 64): (64, 4, 3), (256, 64): (32, 4, 3)},
-    "tf32": {(128, 64): (32, 4, 3), (256, 64): (16, 4, 3)},
-    "tf32x3": {(128, 64): (32, 4, 2), (256, 64): (16, 4, 2)},
+    "bf16": {(128, 16): (64, 4, 3), (256, 16): (32, 4, 3), (128, 64): (64, 8, 3), (256, 64): (32, 8, 3)},
+    "fp16": {(128, 16): (64, 4, 3), (256, 16): (32, 4, 3), (128, 64): (64, 8, 3), (256, 64): (32, 8, 3)},
+    "tf32x3": {
+        **{(64, 16): (32, 4, 3), (128, 16): (16, 4, 3), (256, 16): (16, 8, 2)},
+        **{(96, 64): (16, 4, 2), (128, 64): (16, 8, 2)},
+    },
 }
 
 # Precision of dot products, kernel, most columns: queries and keys of a tile, warps, stages. A tensor-core product of

@@ -340,13 +340,13 @@ def over_visits(
     with_mask, without = (0, total), (free, masked)
     if share is not None:
         whole = masked - free if task.loops[1] else jnp.int32(0)
-        ends = _range(share, whole + total)
-        without = tuple(free + jnp.minimum(end, whole) for end in ends)
-        with_mask = tuple(jnp.maximum(end - whole, 0) for end in ends)
+        low, high = _range(share, whole + total)
+        without = (free + jnp.minimum(low, whole), free + jnp.minimum(high, whole))
+        with_mask = (jnp.maximum(low - whole, 0), jnp.maximum(high - whole, 0))
     if task.loops[0]:
-        init = lax.fori_loop(*with_mask, lambda t, state: step(number(t), state, True), init)
+        init = lax.fori_loop(with_mask[0], with_mask[1], lambda t, state: step(number(t), state, True), init)
     if task.loops[1]:
-        init = lax.fori_loop(*without, lambda t, state: step(t, state, False), init)
+        init = lax.fori_loop(without[0], without[1], lambda t, state: step(t, state, False), init)
     return init
 
 

@@ -38,7 +38,7 @@ def test_every_configuration_compiles_within_its_budgets(tmp_path, capsys):
             for name, counts in products.items():
                 if name in ("evo_output", "evo_gate", "evo_bwd_gate", "evo_bwd_ratio", "evo_bwd_weight"):
                     assert counts["wgmma"] + counts["mma.sync"] > 0, f"{row['case']}: {name} has no tensor-core dot"
-        if row["case"].startswith(("linear", "flash", "sliding", "sparse", "multiscale")):
+        if row["case"].startswith(("linear", "flash", "sliding", "sparse", "multiscale", "decode")):
             assert all(
                 k["instructions"]["wgmma"] + k["instructions"]["mma.sync"] > 0 for k in row["report"]["kernels"]
             ), row["case"]
@@ -127,6 +127,45 @@ def test_no_attend_access_can_leave_its_array(width, causal, bias_shape):
         f"attend_{name}" for name in ("forward", "d_query", "d_key_value", "d_bias")
     }
     assert {name: found for name, text in modules if (found := unsafe(text))} == {}
+
+
+@pytest.mark.parametrize("width, dtypes", [(24, ("float32",) * 2), (100, ("bfloat16", "float32"))], ids=str)
+def test_no_decode_access_can_leave_its_array(width, dtypes):
+    """Of three tokens, by each thing that narrows a mask: at a known offset, and at one for each sequence."""
+    shape = lambda *dims, dtype="int32": jax.ShapeDtypeStruct(dims, dtype)  # noqa: E731
+    query, key, value = (
+        shape(2, n, heads, columns, dtype=dtype)
+        for n, heads, columns, dtype in (
+            (3, 4, width, dtypes[0]),
+            (7777, 2, width, dtypes[1]),
+            (7777, 2, 24, dtypes[1]),
+        )
+    )
+    arrays = {"segment_ids": (shape(2, 3), shape(2, 7777)), "sinks": shape(4, dtype="float32")}
+
+    def both(query, key, value, arrays, lengths):
+        call = partial(evo_jax.sparse_attention, query, key, value, implementation="triton", **arrays)
+        return call(), call(**lengths)
+
+    lengths = {"query_seq_lengths": shape(2), "key_value_seq_lengths": shape(2)}
+    modules = ttir(both, (query, key, value, arrays, lengths))
+    assert [name for name, _ in modules] == ["attend_decode"] * 2
+    assert [found for _, text in modules if (found := unsafe(text))] == []
+
+
+@pytest.mark.parametrize("width, heads", [(1, (2, 2)), (100, (6, 2))], ids=str)
+def test_no_linear_step_access_can_leave_its_array(width, heads):
+    token = lambda heads, width: jax.ShapeDtypeStruct((3, 1, heads, width), "bfloat16")  # noqa: E731
+    kv, z = (jax.ShapeDtypeStruct((3, heads[1], *s), "float32") for s in ((width, 40), (width,)))
+
+    def step(query, key, value, kv, z, valid):
+        call = partial(evo_jax.linear_attention, attention_mask=valid, return_state=True, implementation="triton")
+        return call(query, key, value, initial_state=evo_jax.LinearState(kv, z))
+
+    args = (token(heads[0], width), token(heads[1], width), token(heads[1], 40), kv, z)
+    modules = ttir(step, (*args, jax.ShapeDtypeStruct((3, 1), "bool")))
+    assert [name for name, _ in modules] == ["linear_step"]
+    assert unsafe(modules[0][1]) == []
 
 
 @pytest.mark.skipif(missing_wheels() is not None, reason=f"compiling for CUDA needs wheels: {missing_wheels()}")
