@@ -3,6 +3,7 @@
 import bz2
 import dataclasses
 import importlib.util
+import io
 import json
 import math
 import signal
@@ -23,7 +24,8 @@ from conftest import quick_environment
 from evo_jax import __main__ as command
 from evo_jax import backend
 from evo_jax.backend import has_cuda_device
-from evo_jax.demo import baselines, evaluate, model, report, run, settings, text, train
+from evo_jax.demo import baselines, checkpoint, continuation, evaluate, model, report, run, settings, text, train
+from evo_jax.demo.continuation import Sampler
 from evo_jax.demo.settings import DemoError, Settings
 
 _CORPUS = text.read_corpus()
@@ -70,10 +72,16 @@ def test_a_run_leaves_losses_that_fall_and_its_plot_scores_and_checkpoint(finish
 
 
 @pytest.mark.parametrize("name", [name for name in model.ATTENTION if name != "evo"])
-def test_every_attention_trains(name: str, tmp_path: Path, little_held_out: None) -> None:
+def test_every_attention_trains(
+    name: str, tmp_path: Path, little_held_out: None, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert _demo(tmp_path, f"--attention={name}") == 0
     losses = _losses(tmp_path)
     assert len(losses) == _STEPS and losses[-1] < losses[0] - 0.3
+    if name == "flash":  # one is enough: the continuation of each was written by the same function
+        capsys.readouterr()
+        assert command.main(["generate", f"--checkpoint={tmp_path}", "--prompt=import ", "--top-k=9"]) == 0
+        assert capsys.readouterr().out.startswith("import ")
 
 
 def test_a_later_checkpoint_replaces_an_earlier_one(finished: Path) -> None:
@@ -276,18 +284,90 @@ def test_held_out_score_counts_every_byte_once(length: int) -> None:
 
 
 def test_continuation_follows_the_model_past_the_window() -> None:
-    """Under a model certain that each byte is the sum of the two before it, modulo 256."""
+    """Under a model certain that each byte is the sum of the two before it, modulo 256; and up to a stop byte."""
 
-    def logits(params: jax.Array, tokens: jax.Array) -> jax.Array:
-        before = jnp.pad(tokens, ((0, 0), (1, 0)))[:, :-1]
-        return params * jax.nn.one_hot((tokens + before) % 256, 256)
+    def decode(params: jax.Array, tokens: jax.Array, cache: jax.Array, attention_mask: jax.Array) -> Any:
+        seen = jnp.concatenate([cache, tokens], axis=1)
+        last = jnp.take_along_axis(seen, attention_mask.sum(axis=1, keepdims=True), axis=1)
+        return params * jax.nn.one_hot((seen[:, 1:] + seen[:, :-1]) % 256, 256), last
 
-    trainer: Any = SimpleNamespace(logits=logits)
-    written = evaluate.continuation(trainer, Settings(seq_len=4), jnp.asarray(1e4), b"\1\2", 12)
+    trainer: Any = SimpleNamespace(decode=decode, init_cache=lambda batch, _: jnp.zeros((batch, 1), jnp.int32))
     by_hand = [1, 2]
-    for _ in range(12):
+    for _ in range(11):
         by_hand.append((by_hand[-1] + by_hand[-2]) % 256)
-    assert list(written) == by_hand[2:]
+    params, window = jnp.asarray(1e4), Settings(seq_len=8)
+    written = continuation.continuation(trainer, window, params, b"\1\2", Sampler(11))
+    assert list(written.text) == by_hand[2:]
+    written = continuation.continuation(trainer, window, params, b"\1\2", Sampler(11, 0.0, stop=by_hand[8]))
+    assert list(written.text) == by_hand[2:9]
+
+
+def test_generate_continues_a_checkpoint(
+    finished: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By the bytes that the model without a cache finds likeliest, for the trained model."""
+    flags = ["generate", f"--checkpoint={finished}", "--length=7", "--temperature=0"]
+    assert command.main([*flags, "--prompt=def f("]) == 0
+    output = capsys.readouterr()
+    assert "7 tokens in" in output.err and "tokens/s" in output.err
+    trainer = train.build(settings.of_checkpoint(finished))
+    with jax.numpy_dtype_promotion("standard"), checkpoint.Checkpoints(finished, fresh=False) as kept:
+        params = kept.restore(jax.eval_shape(trainer.init)).params
+        logits = jax.jit(trainer.logits)
+        text = bytearray(b"def f(")
+        for _ in range(7):
+            padded = np.frombuffer(bytes(text).ljust(16), np.uint8).astype(np.int32)[None]
+            text.append(int(np.argmax(np.asarray(logits(params, padded))[0, len(text) - 1])))
+    assert output.out == report.printable(bytes(text)) + "\n"
+    monkeypatch.setattr("sys.stdin", SimpleNamespace(buffer=io.BytesIO(b"def f(")))
+    assert command.main([*flags, "--prompt=-"]) == 0
+    assert capsys.readouterr().out == output.out
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--length=0"], "--length 0 must be at least 1"),
+        (["--temperature=-1"], "--temperature -1.0 must be"),
+        (["--temperature=nan"], "--temperature nan must be"),
+        (["--top-k=0"], "--top-k 0 must be"),
+        (["--top-p=1.5"], "--top-p 1.5 must be"),
+        (["--seed=-1"], "--seed -1 must be"),
+        (["--stop=ab"], "--stop 'ab' must be one byte"),
+        (["--checkpoint=nowhere"], "--checkpoint: there is no run in 'nowhere'"),
+        (["--prompt="], "--prompt is empty"),
+    ],
+)
+def test_generate_names_what_is_wrong(
+    flags: list[str], message: str, finished: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert command.main(["generate", f"--checkpoint={finished}", "--prompt=a", *flags]) == 1
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1
+
+
+def test_a_cache_changes_nothing(tiny_model) -> None:
+    """Prompts of different lengths in pieces, with holes, then bytes one by one, against whole sequences."""
+    _, trainer, params, _ = tiny_model
+    rng = np.random.default_rng(0)
+    tokens = rng.integers(0, 256, (3, 60)).astype(np.int32)
+    expected = np.asarray(trainer.logits(params, tokens))
+    decode, cache, done = jax.jit(trainer.decode), trainer.init_cache(3, 60), np.zeros(3, int)
+    for size in (25, 25, 25, 1, 1):
+        exists = rng.random((3, size)) < 0.6 if size > 1 else np.ones((3, 1), bool)
+        given = rng.integers(0, 256, exists.shape).astype(np.int32)
+        for row, some in enumerate(exists):
+            given[row, some] = tokens[row, done[row] : done[row] + some.sum()]
+        logits, cache = decode(params, given, cache, exists)
+        for row, some in enumerate(exists):
+            until = done[row] + some.sum()
+            np.testing.assert_allclose(logits[row, some], expected[row, done[row] : until], atol=2e-6)
+            done[row] = until
+    np.testing.assert_array_equal(cache.lengths, done)
+    backwards = cache.take(np.array([2, 1, 0]))
+    last = np.stack([tokens[row, at] for row, at in enumerate(done)])[:, None]
+    logits, _ = decode(params, last[::-1], backwards, np.ones((3, 1), bool))
+    np.testing.assert_allclose(logits[::-1, 0], expected[range(3), done], atol=2e-6)
 
 
 def test_the_model_does_not_see_the_future_and_sees_all_the_past(tiny_model) -> None:
