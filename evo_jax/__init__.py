@@ -8,6 +8,9 @@ from evo_jax.attention import sliding_window_attention as sliding_window_attenti
 from evo_jax.attention import sparse_attention as sparse_attention
 from evo_jax.backend import backend as backend
 from evo_jax.backend import explain as explain
+from evo_jax.cache import KVCache as KVCache
+from evo_jax.cache import MultiScaleCache as MultiScaleCache
+from evo_jax.cache import RingCache as RingCache
 from evo_jax.evo import evo_attention as evo_attention
 from evo_jax.evo import init_evo_params as init_evo_params
 from evo_jax.factory import CUDA as CUDA

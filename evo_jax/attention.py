@@ -72,7 +72,7 @@ def flash_attention(query: Any, key: Any, value: Any, **options: Unpack[Attentio
     Args:
         query: (B, T, N, D), float16, bfloat16, float32, or float64 where x64 is on.
         key: (B, S, K, D) with N a multiple of K (grouped queries); query head n reads key/value head n // (N // K).
-        value: (B, S, K, V). All three of one dtype.
+        value: (B, S, K, V), of the key's dtype, which may differ from the query's; computed in the wider of both.
         options: those of AttentionOptions.
 
     Returns:

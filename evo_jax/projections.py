@@ -7,9 +7,10 @@ import jax.numpy as jnp
 from flax import nnx
 
 from evo_jax import rotary, shapes
+from evo_jax.stream import Streams
 
 
-class GroupedHeads(nnx.Module):
+class GroupedHeads(Streams):
     """Four nnx.Linear without biases around an attention over grouped heads.
 
     q_proj (hidden_size, N D), k_proj and v_proj (hidden_size, K D) and o_proj (N D, hidden_size), drawn uniformly

@@ -43,7 +43,10 @@ def values(op: str, v: Any, query: Any) -> tuple[jax.Array, jax.Array | None]:
 
 
 def attention_arrays(op: str, query: Any, key: Any, value: Any, same_length: bool) -> tuple[jax.Array, ...]:
-    """query (B, T, N, D), key (B, S, K, D) and value (B, S, K, V) of one dtype, N a multiple of K."""
+    """query (B, T, N, D), key (B, S, K, D) and value (B, S, K, V), N a multiple of K; key and value of one dtype.
+
+    With `same_length` there are as many queries as keys, and all three are of one dtype.
+    """
     query, key, value = (float_array(op, name, x) for name, x in (("query", query), ("key", key), ("value", value)))
     given = f"{query.shape=}, {key.shape=}, {value.shape=}"
     if not query.ndim == key.ndim == value.ndim == 4 or 0 in (query.shape[3], value.shape[3]):
@@ -55,9 +58,10 @@ def attention_arrays(op: str, query: Any, key: Any, value: Any, same_length: boo
         raise ValueError(f"{op}: {given}: {heads} query heads are not a multiple of {kv_heads} key/value heads")
     if same_length and query.shape[1] != key.shape[1]:
         raise ValueError(f"{op}: {given}: is_causal=True needs as many queries as keys; earlier tokens come as a state")
-    if not query.dtype == key.dtype == value.dtype:
+    if key.dtype != value.dtype or (same_length and query.dtype != key.dtype):
         names = f"{query.dtype.name}, {key.dtype.name}, {value.dtype.name}"
-        raise TypeError(f"{op}: query, key and value are {names} and must be of one dtype; cast them with astype")
+        those = "query, key and value" if same_length else "key and value"
+        raise TypeError(f"{op}: query, key and value are {names}; {those} must be of one dtype; cast them with astype")
     return query, key, value
 
 

@@ -6,8 +6,11 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from evo_jax import attention, attention_masks, shapes
+from evo_jax import attention, attention_masks, cached_attention, shapes
+from evo_jax.cache import KVCache, MultiScaleCache, RingCache
+from evo_jax.cached_attention import Group, Layout
 from evo_jax.projections import GroupedHeads
+from reference.mask import FAR, window_runs
 
 
 class SoftmaxOptions(TypedDict, total=False):
@@ -61,6 +64,39 @@ class SoftmaxAttention(GroupedHeads):
         """(B, L, N, D) of one kind of attention."""
         raise NotImplementedError(f"{type(self).__name__} must say which attention it is")
 
+    def attend_to_all(self, query: jax.Array, key: jax.Array, value: jax.Array, **options: Any) -> jax.Array:
+        """The same of the heads without a window, over a cache."""
+        return self.attend(query, key, value, **options)
+
+    @property
+    def windows(self) -> tuple[int | None, ...]:
+        """How many tokens a head sees: one number for all, or one for each; None: no limit."""
+        return (None,)
+
+    def _layout(self) -> Layout:
+        group = self.num_heads // self.num_kv_heads
+        runs = window_runs(self.windows, self.num_heads, group)
+        groups = tuple(Group((a, b), (a // group, -(-b // group)), window) for a, b, window in runs)
+        return Layout(type(self).__name__, groups, split=len(self.windows) > 1)
+
+    def init_cache(self, batch_size: int, capacity: int | None = None, dtype: Any = None) -> Any:
+        """The cache before the first token, for calls with `cache=`.
+
+        Args:
+            batch_size: B.
+            capacity: most tokens of a sequence; needed unless every head has a window, whose cache never fills.
+            dtype: of the keys and values kept; None for that of the computation, `dtype` or else `param_dtype`.
+
+        Returns:
+            A KVCache, or for a sliding window a RingCache, or for multi-scale attention a MultiScaleCache of both.
+
+        Raises:
+            ValueError: no capacity, or sizes below 1. TypeError: a dtype that is not a float.
+        """
+        op = type(self).__name__
+        dtype = shapes.float_dtype(op, "dtype", self.dtype or self.param_dtype if dtype is None else dtype)
+        return cached_attention.init(self._layout(), batch_size, capacity, self.head_dim, dtype)
+
     def __call__(
         self,
         hidden_states: jax.Array,
@@ -68,27 +104,42 @@ class SoftmaxAttention(GroupedHeads):
         attention_mask: Any = None,
         position_embeddings: Any = None,
         segment_ids: Any = None,
+        cache: KVCache | RingCache | MultiScaleCache | None = None,
         dropout_seed: Any = None,
         implementation: str | None = None,
-    ) -> tuple[jax.Array, None]:
-        """(B, L, hidden_size) -> ((B, L, hidden_size), None).
+    ) -> tuple[jax.Array, Any]:
+        """(B, L, hidden_size) -> ((B, L, hidden_size), the cache with these tokens or None).
 
         Args:
-            hidden_states: the tokens.
+            hidden_states: the tokens; with a cache, the new ones.
             attention_mask: (B, L), (B, 1, L), (B, 1, L, 1) or, of keys, (B, 1, 1, L): 1 or True for a valid token,
                 besides causality and pattern; the row of a masked token is 0. Or a mask of pairs, broadcastable to (B,
                 N, L, L), bool (True = attend) or float (added to the scores), which takes the place of causality.
             position_embeddings: (cos, sin) of the tokens' positions, (L, D), (B, L, D) or (1, L, 1, D), as from
                 evo_jax.rotary_embedding, which turn queries and keys.
             segment_ids: (B, L) integers; a token sees its own segment alone, and a negative id is no token.
+            cache: what the tokens before left, from init_cache or an earlier call; the new tokens see them too, and
+                come after them. `attention_mask` is then of the new tokens, of which a masked one takes no slot and no
+                position; or, with a KVCache, a mask of pairs of them with all tokens, the cached ones first.
             dropout_seed: an integer or scalar array of one; without it nothing is dropped.
             implementation: None, "triton", "reference" or "interpret".
 
         Raises:
-            ValueError: `hidden_states` is not (B, L, hidden_size), and whatever the function raises.
+            ValueError: `hidden_states` is not (B, L, hidden_size), a cache with too little room (if that is not known
+                while tracing: rows of NaN, and a cache that keeps what it has), a cache together with
+                is_causal=False, segment_ids or dropout_seed, and whatever the function raises.
         """
         op = type(self).__name__
         query, key, value = self.project(hidden_states, position_embeddings)
+        if cache is not None:
+            self._check_cached(segment_ids, dropout_seed)
+            sinks = None if self.sinks is None else self.sinks[...]
+            options = {"scale": self.scale, "logits_soft_cap": self.logits_soft_cap, "sinks": sinks}
+            options["implementation"] = implementation
+            out, cache = cached_attention.attend(
+                self._layout(), self.attend_to_all, (query, key, value), cache, attention_mask, options
+            )
+            return self.merge(out), cache
         options = {"is_causal": self.is_causal} | attention_masks.of_module(op, attention_mask, query.shape)
         out = self.attend(
             query,
@@ -104,6 +155,15 @@ class SoftmaxAttention(GroupedHeads):
             **options,
         )
         return self.merge(out), None
+
+    def _check_cached(self, segment_ids: Any, dropout_seed: Any) -> None:
+        """ValueError for what a cache cannot serve."""
+        op = type(self).__name__
+        if not self.is_causal:
+            raise ValueError(f"{op}: cache= needs is_causal=True: a token in the cache sees none that come later")
+        for name, value in (("segment_ids", segment_ids), ("dropout_seed", dropout_seed)):
+            if value is not None:
+                raise ValueError(f"{op}: {name} cannot be given together with cache=")
 
 
 class FlashAttention(SoftmaxAttention):
@@ -143,6 +203,10 @@ class SlidingWindowAttention(SoftmaxAttention):
     def __init__(self, hidden_size: int, num_heads: int, *, window_size: int = 4096, **options: Unpack[SoftmaxOptions]):
         super().__init__(hidden_size, num_heads, **options)
         self.window_size = shapes.at_least(type(self).__name__, "window_size", window_size, 1)
+
+    @property
+    def windows(self) -> tuple[int | None, ...]:
+        return (self.window_size,)
 
     def attend(self, query: jax.Array, key: jax.Array, value: jax.Array, **options: Any) -> jax.Array:
         """evo_jax.sliding_window_attention."""
@@ -205,6 +269,16 @@ class MultiScaleAttention(SoftmaxAttention):
         super().__init__(hidden_size, num_heads, **options)
         attention.head_windows(type(self).__name__, num_heads, local_heads, window_sizes)
         self.local_heads, self.window_sizes = local_heads, tuple(window_sizes)
+
+    @property
+    def windows(self) -> tuple[int | None, ...]:
+        op = type(self).__name__
+        reach = attention.head_windows(op, self.num_heads, self.local_heads, self.window_sizes)
+        return tuple(None if left == FAR else left + 1 for left, _ in reach)
+
+    def attend_to_all(self, query: jax.Array, key: jax.Array, value: jax.Array, **options: Any) -> jax.Array:
+        """evo_jax.flash_attention."""
+        return attention.flash_attention(query, key, value, **options)
 
     def attend(self, query: jax.Array, key: jax.Array, value: jax.Array, **options: Any) -> jax.Array:
         """evo_jax.multiscale_attention."""

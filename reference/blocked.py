@@ -4,7 +4,6 @@ The same as reference/dense.py. Heads that share a window go through one walk ov
 """
 
 from dataclasses import replace
-from itertools import groupby, pairwise
 from typing import Any
 
 import jax.numpy as jnp
@@ -14,7 +13,7 @@ from jax import Array
 from reference.blocked_tile import Plan
 from reference.blocked_walk import Inputs, walk
 from reference.dense import AttendInputs, AttendSpec, attend_dense
-from reference.mask import Mask, Pattern
+from reference.mask import Mask, Pattern, window_runs
 from reference.visit import Tiling, key_visits
 
 WIDEST = 1280  # keys that are worth a single slab
@@ -34,7 +33,7 @@ def attend_blocked(
         return attend_dense(inputs, spec)
     group = query.shape[2] // key.shape[2]
     results: list[tuple[Array, Array]] = []
-    for first, last, window in _runs(mask.pattern.windows, query.shape[2], group):
+    for first, last, window in window_runs(mask.pattern.windows, query.shape[2], group):
         pattern = replace(mask.pattern, windows=(window,))
         sizes = (last - first, query.shape[1], key.shape[1])
         plan = _plan(pattern, spec, first, sizes, (block_q, block_k, width))
@@ -47,20 +46,6 @@ def attend_blocked(
     if sinks is not None:
         out, lse = _with_sinks(out, lse, sinks.astype(lse.dtype))
     return out.astype(query.dtype), lse
-
-
-def _runs(windows: Any, heads: int, group: int) -> list[tuple[int, int, Any]]:
-    """(first, last + 1, window) of neighbouring heads with one window, which share key heads evenly."""
-    if len(windows) == 1:
-        return [(0, heads, windows[0])]
-    runs = []
-    for window, members in groupby(range(heads), key=lambda h: windows[h]):
-        numbers = list(members)
-        first, end = numbers[0], numbers[-1] + 1
-        whole = {-(-first // group) * group, end // group * group}  # between these, all heads of each key head
-        cuts = sorted({first, end} | {cut for cut in whole if first < cut < end})
-        runs += [(a, b, window) for a, b in pairwise(cuts)]
-    return runs
 
 
 def _plan(pattern: Pattern, spec: AttendSpec, first_head: int, sizes: Any, given: Any) -> Plan:

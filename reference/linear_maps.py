@@ -7,12 +7,16 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from reference.states import take_sequences
+
 
 class LinearState(NamedTuple):
     """The sums over a run of tokens, per key/value head: kv (B, K, D, V) of phi(k) v^T, and z (B, K, D) of phi(k)."""
 
     kv: Array
     z: Array
+
+    take = take_sequences
 
 
 @dataclass(frozen=True, slots=True)

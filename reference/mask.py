@@ -11,6 +11,7 @@ A query that may see no key gives 0, its log-sum-exp is -inf, and nothing flows 
 
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import groupby, pairwise
 from typing import Any, NamedTuple
 
 import jax
@@ -98,6 +99,20 @@ def allows(pattern: Pattern, q: Queries, k: Keys) -> Array:
     if q.segment is not None:
         seen = seen & (q.segment == k.segment) & (k.segment >= 0)
     return seen
+
+
+def window_runs(windows: Any, heads: int, group: int) -> list[tuple[int, int, Any]]:
+    """(first, last + 1, window) of neighbouring heads with one window, which share key heads evenly."""
+    if len(windows) == 1:
+        return [(0, heads, windows[0])]
+    runs = []
+    for window, members in groupby(range(heads), key=lambda h: windows[h]):
+        numbers = list(members)
+        first, end = numbers[0], numbers[-1] + 1
+        whole = {-(-first // group) * group, end // group * group}  # between these, all heads of each key head
+        cuts = sorted({first, end} | {cut for cut in whole if first < cut < end})
+        runs += [(a, b, window) for a, b in pairwise(cuts)]
+    return runs
 
 
 def random_table(pattern: Pattern, kv_heads: int, keys: int) -> Any:
