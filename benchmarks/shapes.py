@@ -44,3 +44,8 @@ GPU_ATTENTION = (
     EvoShape(1, 8, 32768, 64, "bfloat16"),
     EvoShape(1, 16, 4096, 64, "float32"),
 )
+GPU_DECODE = (
+    EvoShape(8, 32, 131072, 128, "bfloat16"),
+    EvoShape(1, 32, 131072, 128, "bfloat16"),
+    EvoShape(8, 32, 8192, 64, "float32"),
+)

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 import evo_jax
-from benchmarks import contenders, layers, peak, shapes
+from benchmarks import contenders, decoding, layers, peak, shapes
 from benchmarks.shapes import EvoShape
 from benchmarks.timing import compare
 
@@ -87,7 +87,7 @@ def _cpu_ops(options: Options) -> Iterator[dict[str, Any]]:
 
 
 def gpu(options: Options) -> Iterator[dict[str, Any]]:
-    """The kernels against XLA's own compilation of the reference and eager torch; prefix sums against a copy."""
+    """The kernels against XLA's own compilation of the reference and eager torch; sums and decoding against a copy."""
     for shape in _within(shapes.GPU_PREFIX, options):
         runs = {
             "copy": lambda x: jnp.negative(x),  # one read, one write: what the memory allows
@@ -110,6 +110,8 @@ def gpu(options: Options) -> Iterator[dict[str, Any]]:
             rows = rows if shape.dtype == "float32" else rows[:2]
             yield compare(_name("evo", shape, gradient), rows, contenders.EVO_TOLERANCES[shape.dtype], options.rounds)
     yield from _gpu_attention(options)
+    for shape in _within(shapes.GPU_DECODE, options):
+        yield decoding.row(shape, options.rounds)
 
 
 def _gpu_attention(options: Options) -> Iterator[dict[str, Any]]:

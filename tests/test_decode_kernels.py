@@ -98,7 +98,7 @@ def test_scattered_keys_at_a_known_offset():
 def test_mixed_dtypes_are_computed_in_the_wider(dtypes):
     """The result is the query's, each gradient its input's; in a decode and, by `block_q`, in the other forward."""
     inputs = _cache(1, 2, 140, (2, 1), dtypes)
-    wide = AttendInputs(*(x.astype("float32") for x in inputs[:3]), Mask())
+    wide = inputs._replace(**{name: getattr(inputs, name).astype("float32") for name in ("query", "key", "value")})
     cotangents = (jnp.ones((1, 2, 2, 16), dtypes[0]), jnp.ones((1, 2, 2), "float32"))
     expected = compiled(attend_dense, wide, PLAN.spec, (cotangents[0].astype("float32"), cotangents[1]))
     for tile in (None, 16):
@@ -113,8 +113,8 @@ def test_what_it_serves():
     def served(queries: int = 1, keys: int = 150, heads: Any = (4, 2), plan: Plan = PLAN, **changes: Any) -> bool:
         mask = Mask(changes.pop("pattern", Pattern()), keep=changes.pop("keep", None))
         shapes = ((queries, heads[0]), (keys, heads[1]), (keys, heads[1]))
-        arrays = (jax.ShapeDtypeStruct((1, n, h, 16), "float32") for n, h in shapes)
-        return decode.serves(AttendInputs(*arrays, mask, **changes), plan)
+        query, key, value = (jax.ShapeDtypeStruct((1, n, h, 16), "float32") for n, h in shapes)
+        return decode.serves(AttendInputs(query, key, value, mask, **changes), plan)
 
     assert served() and served(32) and served(pattern=Pattern(windows=((200, 0),)))
     assert not served(33), "more rows than a tile has"
@@ -141,7 +141,8 @@ def test_merged_states_are_the_state_of_all_keys():
     scores[1], scores[:, 2], scores[0, 3] = -np.inf, -np.inf, -np.inf  # an empty set, a row without keys
     top, values = scores.max(-1), np.arange(7, dtype=np.float32)[:, None] + 1
     weights = np.exp2(scores - np.where(top == -np.inf, 0, top)[..., None])
-    (out,), lse = finish(merge(SoftmaxState(top, weights.sum(-1), (weights @ values,)), 0))
+    states = SoftmaxState(jnp.asarray(top), jnp.asarray(weights.sum(-1)), (jnp.asarray(weights @ values),))
+    (out,), lse = finish(merge(states, 0))
     flat = np.exp2(scores.astype(np.float64))
     total = flat.sum((0, 2))
     wanted = np.where(total > 0, (flat @ values)[..., 0].sum(0) / np.where(total > 0, total, 1), 0)

@@ -20,12 +20,15 @@ from cases import (
     LinearCase,
     attend_inputs,
 )
-from checks import TOLERANCE, actual_evo, check_evo, evo_params
+from checks import TOLERANCE, actual_evo, assert_close, check_evo, evo_params
 from linear_checks import TOLERANCE as LINEAR_TOLERANCE
 from linear_checks import actual_linear, check_linear
 
 import evo_jax
+from pallas_kernels import decode
 from pallas_kernels.attend import attend
+from pallas_kernels.attend_fwd import Plan
+from reference.dense import attend_dense
 
 pytestmark = pytest.mark.gpu
 
@@ -100,6 +103,52 @@ def test_attend_reruns_are_bitwise_equal(dtype):
     case = AttendCase(2200, width=80, heads=(8, 2), dtype=dtype, segments="few", bias="B11S", sinks=True)
     first, *others = (attend_checks.compiled(partial(attend, mode="triton"), *attend_inputs(case)) for _ in range(5))
     assert all(np.array_equal(first[name], again[name], equal_nan=True) for again in others for name in first)
+
+
+DECODE = (
+    AttendCase(1, keys=20_000, width=128, heads=(8, 2), dtype="bfloat16", lengths="none", sinks=True),
+    AttendCase(5, keys=4099, width=80, heads=(4, 2), offset="each", segments="interior", soft_cap=3.0),
+    AttendCase(8, keys=9000, width=96, heads=(8, 1), windows=((5000, 0),), dtype="float16", lengths="kv"),
+    AttendCase(3, keys=9000, windows=((32, 32),), sparse=(70, 64, 3), heads=(4, 2), causal=False, offset=5000),
+    AttendCase(3, keys=4099, width=256, heads=(4, 1), offset=4000),
+)
+
+
+@pytest.mark.parametrize("case", DECODE, ids=str)
+def test_decode_equals_oracle(case, monkeypatch):
+    """Forward by the split-K kernel, gradients by the others, and reruns to the bit."""
+    monkeypatch.setattr(attend_checks, "FORWARD", 1e-5)
+    monkeypatch.setattr(attend_checks, "GRADIENT", 5e-5)
+    inputs, spec, cotangents = attend_inputs(case)
+    assert decode.serves(inputs, Plan(spec, False))
+    run = partial(attend, mode="triton")
+    attend_checks.check_attend(run, case)
+    first, *others = (attend_checks.compiled(run, inputs, spec, cotangents) for _ in range(4))
+    assert all(np.array_equal(first[name], again[name], equal_nan=True) for again in others for name in first)
+
+
+@pytest.mark.parametrize("dtypes", [("float32", "bfloat16"), ("bfloat16", "float16"), ("float16", "float32")], ids=str)
+@pytest.mark.parametrize("queries", [1, 100])
+def test_mixed_dtypes_are_computed_in_the_wider(queries, dtypes):
+    """Against the oracle in float32, which knows nothing of the dtypes."""
+    inputs, spec, cotangents = attend_inputs(AttendCase(queries, keys=4099, width=64, heads=(4, 2), batch=1))
+    given = dict(zip(("query", "key", "value"), (dtypes[0], dtypes[1], dtypes[1]), strict=True))
+    mixed = inputs._replace(**{name: getattr(inputs, name).astype(dtype) for name, dtype in given.items()})
+    wide = mixed._replace(**{name: getattr(mixed, name).astype("float32") for name in given})
+    run = partial(attend, mode="triton")
+    actual = attend_checks.compiled(run, mixed, spec, (cotangents[0].astype(dtypes[0]), cotangents[1]))
+    expected = attend_checks.compiled(attend_dense, wide, spec, cotangents)
+    for name, dtype in (("out", dtypes[0]), *given.items()):
+        assert actual[name].dtype == jnp.dtype(dtype)
+        assert_close(name, actual[name], expected[name], 1e-2)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize("heads, width", [((8, 2), 128), ((4, 4), 100)], ids=str)
+def test_linear_step_equals_oracle(heads, width, dtype):
+    """Of one token, which some sequences mask."""
+    check_linear(LinearCase(1, width, dtype=dtype, heads=heads, mask="sequence", state=True, batch=3), "triton",
+                 LINEAR_GPU_TOLERANCE)  # fmt: skip
 
 
 @pytest.mark.parametrize("reverse", [False, True])
