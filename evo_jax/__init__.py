@@ -15,6 +15,8 @@ from evo_jax.evo import evo_attention as evo_attention
 from evo_jax.evo import init_evo_params as init_evo_params
 from evo_jax.factory import CUDA as CUDA
 from evo_jax.factory import Triton as Triton
+from evo_jax.generate import Generated as Generated
+from evo_jax.generate import generate as generate
 from evo_jax.linear import linear_attention as linear_attention
 from evo_jax.modules import EvoAttention as EvoAttention
 from evo_jax.modules import LinearAttention as LinearAttention
@@ -25,4 +27,5 @@ from evo_jax.softmax_modules import MultiScaleAttention as MultiScaleAttention
 from evo_jax.softmax_modules import SlidingWindowAttention as SlidingWindowAttention
 from evo_jax.softmax_modules import SparseAttention as SparseAttention
 from reference.evo_params import EvoParams as EvoParams
+from reference.evo_params import EvoState as EvoState
 from reference.linear_maps import LinearState as LinearState

@@ -11,11 +11,12 @@ from evo_jax import padding, shapes
 from evo_jax.evo import evo_attention, init_evo_params, init_evo_state
 from evo_jax.linear import linear_attention
 from evo_jax.projections import GroupedHeads, check_dtypes, promote
+from evo_jax.stream import Streams
 from reference.evo_params import EvoParams, EvoState
 from reference.linear_maps import LinearState
 
 
-class EvoAttention(nnx.Module):
+class EvoAttention(Streams):
     """EvoAttention over (B, L, E): heads of width D = E / H share one set of D x D weights, and do not mix.
 
     The parameters are the ten arrays of EvoParams, each an nnx.Param under its own name, and those of `out_proj`.

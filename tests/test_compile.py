@@ -235,3 +235,21 @@ def test_a_flash_layer_trains_in_half_a_gigabyte_and_linear_memory():
 
     short, long = temporaries(8192), temporaries(131072)
     assert 0 < short <= 500e6 and long <= 16.1 * short
+
+
+@pytest.mark.skipif(missing_wheels() is not None, reason=f"compiling for CUDA needs wheels: {missing_wheels()}")
+@pytest.mark.parametrize(
+    "kind, options, megabytes",
+    [(evo_jax.SlidingWindowAttention, {"window_size": 512}, 64), (evo_jax.LinearAttention, {}, 32)],
+)
+def test_a_stream_costs_the_memory_of_a_chunk(kind, options, megabytes):
+    """The original's own figures: 32 heads of 128, one sequence in bfloat16, 512 tokens at a time."""
+
+    def temporaries(length):
+        make = partial(kind, 4096, 32, param_dtype=jax.numpy.bfloat16, **options)
+        graph, state = nnx.split(nnx.eval_shape(lambda: make(rngs=nnx.Rngs(0))))
+        run = lambda state, x: nnx.merge(graph, state).stream(x, 512, implementation="triton")  # noqa: E731
+        return compile_for(run, (state, jax.ShapeDtypeStruct((1, length, 4096), "bfloat16"))).temp_bytes
+
+    short, long = temporaries(8192), temporaries(131072)
+    assert 0 < short <= megabytes * 1e6 and long <= 1.001 * short
