@@ -66,6 +66,12 @@ def test_scores_are_those_of_a_loop(temperature: float, top_k: int | None, top_p
     np.testing.assert_array_equal(chances == 0, np.array(expected) == 0)
 
 
+def test_a_top_p_of_1_keeps_tokens_that_rounded_sums_do_not_see() -> None:
+    logits = np.array([0, -30, -31, -32], np.float32)
+    kept = sampling.scores(jnp.asarray(logits), jnp.float32(1), None, jnp.float32(1))
+    np.testing.assert_array_equal(kept, logits)
+
+
 def test_tokens_are_drawn_as_often_as_their_scores_say_and_by_step_and_row() -> None:
     draw = jax.jit(sampling.next_tokens, static_argnums=3)
     logits = np.broadcast_to(ROWS[0].astype(np.float32), (4000, 6))
@@ -134,9 +140,10 @@ def test_the_loop_ends_with_the_last_sequence() -> None:
         logits, sums = successor(tokens, cache[0])
         return logits, (sums, cache[1] + 1)
 
-    first = (nothing(2), jnp.asarray(np.int32(0)))
-    written = generate(counting, first, [[1], [1]], max_new_tokens=1000, stop_token=by_hand([1], 3)[-1])
+    first, new = (nothing(2), jnp.asarray(np.int32(0))), by_hand([1], 3)
+    written = generate(counting, first, [[1], [1]], max_new_tokens=1000, stop_token=new[-1])
     assert written.lengths.tolist() == [3, 3] and int(written.cache[1]) == 3
+    assert written.tokens.tolist() == [new + new[-1:] * 997] * 2
 
 
 def test_a_key_gives_a_row_its_tokens_in_any_company_and_a_traced_temperature_the_same() -> None:
