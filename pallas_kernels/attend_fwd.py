@@ -60,7 +60,7 @@ class Plan:
 
 def refs_of(inputs: AttendInputs, visits: Visits) -> Refs:
     """What every kernel reads."""
-    mask, seed, scattered = inputs.mask, inputs.seed, visits.extras.shape[2] > 0
+    mask, seed, scattered = inputs.mask, inputs.seed, visits.extras.shape[-1] > 0
     windows = mask.pattern.windows
     table = random_table(mask.pattern, inputs.key.shape[2], inputs.key.shape[1])
     given = {name: getattr(mask, name) for name in ("offset", "q_lengths", "kv_lengths", "q_segments", "kv_segments")}
@@ -69,8 +69,8 @@ def refs_of(inputs: AttendInputs, visits: Visits) -> Refs:
         key=inputs.key,
         value=inputs.value,
         bounds=visits.bounds,
-        extras=visits.extras if scattered else None,
-        counts=visits.counts if scattered else None,
+        extras=visits.extras.reshape(-1, *visits.extras.shape[-3:]) if scattered else None,
+        counts=visits.counts.reshape(-1, *visits.counts.shape[-2:]) if scattered else None,
         windows=jnp.asarray(windows, jnp.int32) if len(windows) > 1 else None,
         table=table,
         keep=mask.keep,

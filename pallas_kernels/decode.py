@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from pallas_kernels import _pallas as plk
 from pallas_kernels import tile as t
 from pallas_kernels.attend_fwd import Plan, refs_of
+from pallas_kernels.decode_visits import most_far, seek, sought
 from pallas_kernels.launch import AttendLaunch, decode_launch, decode_rows, decode_splits
 from pallas_kernels.tile import Refs, Task
 from reference.dense import AttendInputs
@@ -22,12 +23,16 @@ def serves(inputs: AttendInputs, plan: Plan) -> bool:
     mask = inputs.mask
     plain = inputs.bias is None and mask.keep is None and not plan.spec.dropout_rate and plan.block_q is None
     few = _rows(inputs) <= decode_rows(_width(inputs), plan.dots(inputs).precision)
-    return plain and len(mask.pattern.windows) == 1 and few and _splits(inputs, plan) > 1
+    if not (plain and few and len(mask.pattern.windows) == 1):
+        return False
+    tiles = _live_tiles(inputs, plan)
+    return _splits(inputs, plan) > 1 or (sought(mask) and tiles < _token_tiling(inputs, plan).k_tiles)
 
 
 def forward(inputs: AttendInputs, plan: Plan) -> tuple[jax.Array, jax.Array]:
     """(out (B, T, N, V), lse (B, N, T) in base 2)."""
-    splits, visits = _splits(inputs, plan), key_visits(inputs.mask, _token_tiling(inputs, plan))
+    tiling = _token_tiling(inputs, plan)
+    splits, visits = _splits(inputs, plan), (seek if sought(inputs.mask) else key_visits)(inputs.mask, tiling)
     task, packed = _task(inputs, visits, plan), _packed(inputs)
     (batch, rows, heads, _), width = packed.query.shape, inputs.value.shape[3]
     vector = jax.ShapeDtypeStruct((batch, heads, splits * rows), jnp.float32)
@@ -56,12 +61,17 @@ def _launch(inputs: AttendInputs, plan: Plan) -> AttendLaunch:
 
 
 def _splits(inputs: AttendInputs, plan: Plan) -> int:
-    """From the keys that a sequence's queries can see at most."""
-    (batch, queries, *_), (keys, kv_heads), pattern = inputs.query.shape, inputs.key.shape[1:3], inputs.mask.pattern
-    if not pattern.scattered:
-        left, right = pattern.windows[0]
-        keys = min(keys, left + queries + (0 if pattern.causal else right))
-    return decode_splits(batch * kv_heads, -(-keys // _launch(inputs, plan).block_k))
+    return decode_splits(inputs.query.shape[0] * inputs.key.shape[2], _live_tiles(inputs, plan))
+
+
+def _live_tiles(inputs: AttendInputs, plan: Plan) -> int:
+    """The most tiles of keys that one sequence's queries can see."""
+    tiling, pattern = _token_tiling(inputs, plan), inputs.mask.pattern
+    if pattern.scattered and not sought(inputs.mask):
+        return tiling.k_tiles
+    left, right = pattern.windows[0]
+    band = min(tiling.keys, left + tiling.queries + (0 if pattern.causal else right))
+    return min(tiling.k_tiles, -(-band // tiling.block_k) + most_far(pattern, tiling))
 
 
 def _token_tiling(inputs: AttendInputs, plan: Plan) -> Tiling:

@@ -68,7 +68,7 @@ class Refs(NamedTuple):
     lse: Any = None  # (B, N, T) in base 2
     delta: Any = None  # (B, N, T)
     bounds: Any = None  # of reference.visit.Visits
-    extras: Any = None
+    extras: Any = None  # (B or 1, K or 1, tiles, E), and counts (B or 1, K or 1, tiles)
     counts: Any = None
     windows: Any = None  # (N, 2)
     table: Any = None  # (K, blocks, R)
@@ -86,7 +86,7 @@ class Refs(NamedTuple):
 # How a program finds its part: "b" sequences, "h" heads, "w" columns (in parts), "." whole.
 _AXES = Refs(
     *("b.hw", "b.hw", "b.hw", "b.hw", "bh.", "bh."),
-    *("bh..", "h..", "h.", "h.", "h..", "b", "b", "b", "b.", "b.", "bh..", "bh..", "h", "."),
+    *("bh..", "bh..", "bh.", "h.", "h..", "b", "b", "b", "b.", "b.", "bh..", "bh..", "h", "."),
 )
 
 
@@ -325,16 +325,16 @@ def over_visits(
     where = place.of(refs.bounds, 0, 1)
     first, free, masked, end = (plk.load_one(refs.bounds, *where, tile, n) for n in range(4))
     before, count = free - first, (free - first) + (end - masked)
-    total, head = count, None
+    total = count
     if refs.extras is not None:
-        (head,) = place.of(refs.counts, None, 0)
-        total = count + plk.load_one(refs.counts, head, tile)
+        where = place.of(refs.counts, 0, 1)
+        total = count + plk.load_one(refs.counts, *where, tile)
 
     def number(t: Any) -> Any:
         near = jnp.where(t < before, first + t, masked + t - before)
-        if head is None:
+        if refs.extras is None:
             return near
-        far = plk.load(refs.extras, (head, tile, jnp.maximum(t - count, 0)), t >= count)
+        far = plk.load(refs.extras, (*where, tile, jnp.maximum(t - count, 0)), t >= count)
         return jnp.where(t < count, near, far)
 
     with_mask, without = (0, total), (free, masked)
@@ -371,7 +371,7 @@ def loops_of(visits: Any, mask: Any) -> tuple[bool, bool]:
     if not isinstance(visits.bounds, np.ndarray):
         return True, free
     first, start, stop, end = (visits.bounds[..., n] for n in range(4))
-    some = bool(((start - first) + (end - stop)).any()) or visits.extras.shape[2] > 0
+    some = bool(((start - first) + (end - stop)).any()) or visits.extras.shape[-1] > 0
     return some, free and bool((stop > start).any())
 
 

@@ -18,7 +18,7 @@ from pallas_kernels.attend import attend
 from pallas_kernels.attend_fwd import Plan
 from pallas_kernels.launch import decode_launch, decode_rows, decode_splits
 from reference.dense import AttendInputs, AttendSpec, attend_dense
-from reference.mask import FAR, Mask, Pattern
+from reference.mask import FAR, Mask, Pattern, allowed
 from reference.online_softmax import SoftmaxState, finish, merge
 
 small = partial(attend, mode="interpret", block_k=16)
@@ -46,8 +46,8 @@ def _cache(batch: int, queries: int, keys: int, heads: tuple[int, int], dtypes: 
 
 
 def _poisoned(inputs: AttendInputs, live: np.ndarray) -> AttendInputs:
-    """NaN in keys and values (B, S) that are not live."""
-    bad = jnp.asarray(~live)[:, :, None, None]
+    """NaN in keys and values (B, S, K) that are not live."""
+    bad = jnp.asarray(~live)[..., None]
     return inputs._replace(**{n: jnp.where(bad, jnp.nan, getattr(inputs, n)) for n in ("key", "value")})
 
 
@@ -61,19 +61,16 @@ PATTERNS = {
 
 @pytest.mark.parametrize("name", PATTERNS)
 def test_a_ragged_cache(name):
-    """Empty, of one token, and full; queries are the last tokens of each. What is not seen is never read.
-
-    Sparse patterns with an offset per sequence read the keys in between, whose weights are 0.
-    """
+    """Empty, of one token, and full; queries are the last tokens of each. Tiles that are not seen are never read."""
     queries, pattern = PATTERNS[name]
-    keys, k = 288, np.arange(288)
-    offset = LENGTHS - queries
-    mask = Mask(pattern, offset=jnp.asarray(offset), kv_lengths=jnp.asarray(LENGTHS))
+    keys = 288
+    mask = Mask(pattern, offset=jnp.asarray(LENGTHS - queries), kv_lengths=jnp.asarray(LENGTHS))
     inputs = _cache(4, queries, keys, (4, 2))._replace(mask=mask)
-    left = 0 if pattern.scattered else pattern.windows[0][0]
-    first = 0 if pattern.scattered else np.maximum(offset - left, 0) // 16 * 16  # the tile is read as a whole
-    live = (k < LENGTHS[:, None]) & (k >= np.broadcast_to(first, (4,))[:, None])
-    assert decode.serves(inputs, PLAN)
+    shape = (4, 4, queries, keys)
+    seen = np.broadcast_to(jax.jit(lambda: allowed(mask, shape, 2))(), shape)
+    tiles = seen.reshape(4, 2, 2 * queries, -1, 16).any((2, 4)).repeat(16, -1).swapaxes(1, 2)  # (B, S, K)
+    live = tiles & (np.arange(keys) < LENGTHS[:, None])[:, :, None]
+    assert decode.serves(inputs, PLAN) and live[3].all() == (name == "full")
     out, lse = jax.jit(partial(small, spec=PLAN.spec))(_poisoned(inputs, live))
     expected, expected_lse = jax.jit(partial(attend_dense, spec=PLAN.spec))(inputs)
     assert_close("out", out, expected, FORWARD)
