@@ -122,7 +122,7 @@ def _kernel_forward(
 ) -> tuple[jax.Array, Tables, Any]:
     inputs, geo = _inputs(v, query, params, rows), _geometry(v, query, params, options)
     before = None if carry is None else _tables(carry)
-    if before is not None and geo.length == 1:
+    if before is not None and evo_step.serves(geo):
         out, last = evo_step.forward(inputs, before, geo)
         tables = Tables(before.context[:, None], before.gated[:, None])
     else:

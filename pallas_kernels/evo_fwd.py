@@ -176,10 +176,10 @@ def _output_kernel(inputs: Inputs, tables: Tables, out_ref: Any, *, geo: Geometr
     _, ok = t.columns(0, geo)
     y = jnp.where(rows.live[:, None] & ok[None, :], final * context, 0.0)
     x_hat, _ = t.normalise(y, geo.width, ok)
-    _store_normalised(inputs, rows, [(0, x_hat)], out_ref, geo)
+    store_normalised(inputs, rows, [(0, x_hat)], out_ref, geo)
 
 
-def _store_normalised(inputs: Inputs, rows: t.Rows, parts: list, out_ref: Any, geo: Geometry) -> None:
+def store_normalised(inputs: Inputs, rows: t.Rows, parts: list, out_ref: Any, geo: Geometry) -> None:
     """Scale, shift, zero the absent rows, write."""
     for block, x_hat in parts:
         scale = t.load_columns(inputs.params.norm_scale, block, geo)[None, :]
@@ -233,16 +233,11 @@ def _norm_kernel(inputs: Inputs, tables: Tables, gate_ref: Any, out_ref: Any, *,
         context = t.prefix(tables.context, chunk, block, v, geo).astype(jnp.float32)
         _, ok = t.columns(block, geo)
         parts.append((block, ok, jnp.where(rows.live[:, None] & ok[None, :], final * context, 0.0)))
-    store_layer_norm(inputs, rows, parts, out_ref, geo)
-
-
-def store_layer_norm(inputs: Inputs, rows: t.Rows, parts: list, out_ref: Any, geo: Geometry) -> None:
-    """Write LayerNorm of whole rows, given as (column block, which of its columns exist, tile) of every block."""
     mean = reduce(jnp.add, [y.sum(1) for _, _, y in parts])[:, None] / geo.width
     centred = [(block, jnp.where(ok[None, :], y - mean, 0.0)) for block, ok, y in parts]
     variance = reduce(jnp.add, [(y * y).sum(1) for _, y in centred]) / geo.width
     inverse = jax.lax.rsqrt(variance + t.NORM_EPS)
-    _store_normalised(inputs, rows, [(block, y * inverse[:, None]) for block, y in centred], out_ref, geo)
+    store_normalised(inputs, rows, [(block, y * inverse[:, None]) for block, y in centred], out_ref, geo)
 
 
 def final_gate(inputs: Inputs, gate_ref: Any, rows: t.Rows, block: Any, geo: Geometry) -> jax.Array:

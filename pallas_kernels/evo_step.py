@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from pallas_kernels import _pallas as plk
 from pallas_kernels import evo_tile as t
-from pallas_kernels.evo_fwd import Inputs, Tables, load_v, store_layer_norm
+from pallas_kernels.evo_fwd import Inputs, Tables, load_v, store_normalised
 from pallas_kernels.evo_tile import Geometry
 
 ROWS = 16  # of a tile: the fewest that a tensor core multiplies, for as many programs as there can be
@@ -23,6 +23,11 @@ class Step(NamedTuple):
 
     out: Any
     carry: Tables
+
+
+def serves(geo: Geometry) -> bool:
+    """Whether the step is for this call; wider rows of float32 would spill registers."""
+    return geo.length == 1 and (geo.width <= 128 or geo.dot_precision != "tf32x3")
 
 
 def forward(inputs: Inputs, carry: Tables, geo: Geometry) -> tuple[jax.Array, Tables]:
@@ -57,24 +62,52 @@ def _packed(inputs: Inputs) -> Inputs:
 
 def _geometry(groups: int, geo: Geometry) -> Geometry:
     """Groups in place of tokens. Columns past the width cost less here than more, narrower blocks would."""
-    block = min(64 if geo.dot_dtype == "bfloat16" else 32, max(16, 1 << (geo.width - 1).bit_length()))
+    widest = 64 if geo.dot_dtype == "bfloat16" and geo.width <= 128 else 32
+    block = min(widest, max(16, 1 << (geo.width - 1).bit_length()))
     return replace(geo, length=groups, launch=replace(geo.launch, block_m=ROWS, block_d=block))
 
 
 def _step_kernel(inputs: Inputs, carry: Tables, out: Step, *, geo: Geometry) -> None:
-    """Whole rows, held as column blocks: gates and carries, then the final gate and LayerNorm."""
+    """The gates of whole rows are held; y = f c is computed block by block twice, for LayerNorm's moments and to write.
+
+    Held as well, or with its products unrolled, wide rows of float32 would spill registers.
+    """
     rows = t.chunk_rows(inputs.rows, plk.program_id(0), geo)
     gates = [_gate(inputs, carry, rows, block, out.carry, geo) for block in range(geo.blocks)]
-    parts = []
-    for block in range(geo.blocks):
+
+    def y_of(block: Any) -> tuple[jax.Array, jax.Array]:
         final = t.load_columns(inputs.params.final_bias, block, geo)[None, :]
         for k, gate in enumerate(gates):
             final = final + t.dot(gate, t.load_weight(inputs.params.final_kernel, k, block, geo), geo)
         context = _after(carry.context, rows, block, load_v(inputs, rows, block, geo), geo).astype(jnp.float32)
         _, ok = t.columns(block, geo)
-        y = jnp.where(rows.live[:, None] & ok[None, :], t.sigmoid(final) * context, 0.0)
-        parts.append((block, ok, y))
-    store_layer_norm(inputs, rows, parts, out.out, geo)
+        return jnp.where(rows.live[:, None] & ok[None, :], t.sigmoid(final) * context, 0.0), ok
+
+    def add(block: Any, moments: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        return _add_block(moments, *y_of(block), block, geo)
+
+    zero = jnp.zeros((geo.chunk,), jnp.float32)
+    mean, squares = t.over_blocks(add, (zero, zero), geo)
+    inverse = jax.lax.rsqrt(squares / geo.width + t.NORM_EPS)
+
+    def write(block: Any, nothing: tuple[()]) -> tuple[()]:
+        y, _ = y_of(block)
+        x_hat = (y - mean[:, None]) * inverse[:, None]
+        store_normalised(inputs, rows, [(block, x_hat)], out.out, geo)
+        return nothing
+
+    t.over_blocks(write, (), geo)
+
+
+def _add_block(moments: tuple[jax.Array, jax.Array], y: jax.Array, ok: jax.Array, block: Any, geo: Geometry) -> Any:
+    """(mean, sum of squared distances from it) of the columns before `block` and of its own (Chan et al., 1979)."""
+    mean, squares = moments
+    before = jnp.asarray(block * geo.block, jnp.float32)
+    own = jnp.minimum(jnp.float32(geo.block), geo.width - before)
+    own_mean = y.sum(1) / own
+    centred = jnp.where(ok[None, :], y - own_mean[:, None], 0.0)
+    step, share = own_mean - mean, own / (before + own)
+    return mean + step * share, squares + (centred * centred).sum(1) + step * step * before * share
 
 
 def _gate(inputs: Inputs, carry: Tables, rows: t.Rows, block: Any, new: Tables, geo: Geometry) -> jax.Array:
