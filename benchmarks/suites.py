@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 import evo_jax
-from benchmarks import contenders, decoding, layers, peak, shapes
+from benchmarks import contenders, decoding, generation, layers, peak, shapes
 from benchmarks.shapes import EvoShape
 from benchmarks.timing import compare
 
@@ -23,7 +23,7 @@ class Options:
 
 
 def cpu(options: Options) -> Iterator[dict[str, Any]]:
-    """Against the original in torch with two threads; then memory, and time against length."""
+    """Against the original in torch with two threads; then memory, generation, and time against length."""
     for shape in _within(shapes.CPU_EVO, options):
         for gradient in (False, True):
             pair = [contenders.torch_evo(shape, gradient), contenders.jax_evo(shape, gradient, "reference")]
@@ -38,6 +38,8 @@ def cpu(options: Options) -> Iterator[dict[str, Any]]:
         yield _memory(shape, "reference")
     yield from _cpu_layers(options)
     yield from _cpu_ops(options)
+    for kind in generation.KINDS:
+        yield generation.row(kind, min(4096, options.longest), max(options.rounds // 3, 1))
     for shape in _within(shapes.CPU_LENGTHS, options):
         for op, contender in _BY_LENGTH.items():
             for gradient in (False, True):
