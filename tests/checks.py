@@ -9,6 +9,7 @@ import numpy as np
 from cases import EvoCase, evo_inputs, padding_mask
 
 import evo_jax
+from pallas_kernels import evo_bwd
 from reference.evo import EvoParams, EvoSpec, evo_dense
 
 # Relative L2 error allowed: (output, gradients of v and query, gradients of params). The operation is ill-conditioned
@@ -43,12 +44,14 @@ def expected_evo(case: EvoCase) -> tuple[jax.Array, tuple[Any, Any, EvoParams]]:
         rows = signed_rows(mask, case.causal, case.semantics)
         factor = 1.0 if mask is None or spec.absent else mask[:, None, :, None].astype(np.float32)
 
-        @jax.jit
-        def oracle(v: Any, query: Any, params: EvoParams, cotangent: Any) -> Any:
-            out, vjp = jax.vjp(lambda v, q, p: evo_dense(v * factor, q, p, rows, spec), v, query, params)
-            return out, vjp(cotangent)
+        factor = jnp.asarray(factor, jnp.float32)
+        return _oracle(v, query, params, cotangent, rows, factor, spec)
 
-        return oracle(v, query, params, cotangent)
+
+@partial(jax.jit, static_argnums=6)  # here, so that cases of one shape compile once
+def _oracle(v: Any, query: Any, params: EvoParams, cotangent: Any, rows: Any, factor: Any, spec: EvoSpec) -> Any:
+    out, vjp = jax.vjp(lambda v, q, p: evo_dense(v * factor, q, p, rows, spec), v, query, params)
+    return out, vjp(cotangent)
 
 
 def actual_evo(case: EvoCase, implementation: str, **options: Any) -> tuple[jax.Array, tuple[Any, Any, EvoParams]]:
@@ -57,20 +60,17 @@ def actual_evo(case: EvoCase, implementation: str, **options: Any) -> tuple[jax.
     if mask is not None and case.semantics == "padding":
         poison = jnp.where(jnp.asarray(mask)[:, None, :, None], 0.0, jnp.nan).astype(v.dtype)
         v, query = v + poison, None if query is None else query + poison
-    call = partial(
-        evo_jax.evo_attention,
-        causal=case.causal,
-        mask_semantics=case.semantics,
-        implementation=implementation,
-        **options,
-    )
+    options |= {"causal": case.causal, "mask_semantics": case.semantics, "implementation": implementation}
+    arrays = (v, query, evo_params(case.width, case.dtype), mask, cotangent)
+    return _actual(*arrays, tuple(sorted(options.items())), evo_bwd.SEGMENT_TOKENS)
 
-    @jax.jit
-    def run(v: Any, query: Any, params: EvoParams, mask: Any, cotangent: Any) -> Any:
-        out, vjp = jax.vjp(lambda v, q, p: call(v, p, query=q, attention_mask=mask), v, query, params)
-        return out, vjp(cotangent)
 
-    return run(v, query, evo_params(case.width, case.dtype), mask, cotangent)
+@partial(jax.jit, static_argnums=(5, 6))
+def _actual(v: Any, query: Any, params: EvoParams, mask: Any, cotangent: Any, options: Any, _: Any) -> Any:
+    """The last argument decides launches, and a test changes it."""
+    call = partial(evo_jax.evo_attention, **dict(options))
+    out, vjp = jax.vjp(lambda v, q, p: call(v, p, query=q, attention_mask=mask), v, query, params)
+    return out, vjp(cotangent)
 
 
 def check_evo(case: EvoCase, implementation: str, tolerances: Any = TOLERANCE, **options: Any) -> None:

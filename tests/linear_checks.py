@@ -9,6 +9,7 @@ import numpy as np
 from cases import LinearCase, LinearInputs, linear_inputs
 from checks import assert_close
 
+from pallas_kernels import launch
 from pallas_kernels.linear import linear
 from reference.linear import LinearSpec, linear_dense
 
@@ -27,7 +28,7 @@ def expected_linear(case: LinearCase) -> Any:
         inputs = jax.tree.map(
             lambda x: x.astype(jnp.float32) if jnp.issubdtype(x.dtype, jnp.floating) else x, linear_inputs(case)
         )
-        return _run(partial(linear_dense, rows=inputs.rows, spec=spec_of(case)), inputs)
+        return _run(linear_dense, inputs, (), spec_of(case))
 
 
 def actual_linear(case: LinearCase, mode: str, **options: Any) -> Any:
@@ -39,16 +40,22 @@ def actual_linear(case: LinearCase, mode: str, **options: Any) -> Any:
         poison = lambda x: jnp.where(masked, jnp.asarray(jnp.nan, x.dtype), x)  # noqa: E731
         query, key, value, d_out = map(poison, (inputs.query, inputs.key, inputs.value, inputs.d_out))
         inputs = inputs._replace(query=query, key=key, value=value, d_out=d_out)
-    return _run(partial(linear, rows=inputs.rows, spec=spec_of(case), mode=mode, **options), inputs)
+    return _run(linear, inputs, tuple(sorted((options | {"mode": mode}).items())), spec_of(case))
 
 
-def _run(op: Any, inputs: LinearInputs) -> Any:
-    def both(query: Any, key: Any, value: Any, state: Any, cotangents: Any) -> Any:
-        out, vjp = jax.vjp(lambda *arrays: op(*arrays[:3], state=arrays[3]), query, key, value, state)
-        return out, vjp(cotangents)
+def _run(op: Any, inputs: LinearInputs, options: Any, spec: LinearSpec) -> Any:
+    args = (inputs.query, inputs.key, inputs.value, inputs.state, (inputs.d_out, inputs.d_state), inputs.rows)
+    return _both(*args, (op, launch.FILLED, launch.SEGMENT_CHUNKS), options, spec)
 
-    args = (inputs.query, inputs.key, inputs.value, inputs.state, (inputs.d_out, inputs.d_state))
-    return jax.jit(both)(*args)
+
+@partial(jax.jit, static_argnums=(6, 7, 8))  # here, so that cases of one shape compile once
+def _both(
+    query: Any, key: Any, value: Any, state: Any, cotangents: Any, rows: Any, rules: Any, options: Any, spec: LinearSpec
+) -> Any:
+    """`rules` are the operation and the numbers that decide its launches, which tests change."""
+    run = partial(rules[0], rows=rows, spec=spec, **dict(options))
+    out, vjp = jax.vjp(lambda *arrays: run(*arrays[:3], state=arrays[3]), query, key, value, state)
+    return out, vjp(cotangents)
 
 
 def check_linear(case: LinearCase, mode: str, tolerances: Any = TOLERANCE, **options: Any) -> None:

@@ -15,6 +15,7 @@ FLAX_FILES = (
     "evo_jax/modules.py",
     "evo_jax/softmax_modules.py",
     "evo_jax/projections.py",
+    "evo_jax/stream.py",
     "evo_jax/factory.py",
     "evo_jax/linen.py",
     "evo_jax/demo/",

@@ -215,15 +215,20 @@ def test_the_arithmetic_of_the_original_is_reproduced_in_float64(golden_dir, x64
 
 # ---- documentation
 
+_DOCUMENTED = (
+    *("attention", "backend", "cache", "evo", "factory", "generate", "linear", "linen", "modules", "rotary", "scan"),
+    *("softmax_modules", "stream"),
+)
 
-@pytest.mark.parametrize("name", ["backend", "evo", "factory", "linear", "linen", "modules", "scan"])
+
+@pytest.mark.parametrize("name", _DOCUMENTED)
 def test_examples_in_the_docstrings_print_what_they_say(name):
     result = doctest.testmod(importlib.import_module(f"evo_jax.{name}"))
     assert result.attempted > 0 and result.failed == 0
 
 
 def test_every_public_name_is_documented_with_an_example():
-    functions = ("backend", "evo_attention", "explain", "init_evo_params", "linear_attention", "prefix_sum")
-    for name in ("CUDA", "EvoAttention", "LinearAttention", *functions):
+    functions = ("backend", "evo_attention", "explain", "generate", "init_evo_params", "linear_attention", "prefix_sum")
+    for name in ("CUDA", "EvoAttention", "KVCache", "LinearAttention", *functions):
         documentation = getattr(evo_jax, name).__doc__
         assert ">>> " in documentation and documentation.splitlines()[0].endswith("."), name
