@@ -7,6 +7,7 @@ from typing import Any
 import jax
 
 import evo_jax
+from benchmarks.evo_state_builds import evo_resumed
 from evo_jax import EvoParams, LinearState
 
 Build = Callable[[str, int], tuple[Callable[..., Any], tuple[Any, ...]]]
@@ -180,6 +181,8 @@ CONFIGS: list[Config] = [
     Config("evo_gradient_one_head", _evo(1, 1, gradient=True), dtypes=("bfloat16",), widths=(64,), temp_ratio=1.5),
     Config("evo_gradient_full", _evo(gradient=True, causal=False), dtypes=("bfloat16",), widths=(64,)),
     Config("evo_gradient_query_mask", _evo(gradient=True, query=True, mask=True), dtypes=("float32",), widths=(80,)),
+    Config("evo_gradient_state", evo_resumed(2, 8, 65536, gradient=True), ("bfloat16",), (128,), temp_ratio=1.5),
+    Config("evo_step", evo_resumed(8, 32, 1, gradient=False), widths=(80, 128), temp_ratio=0.1),
     # 2 MB and 8 MB for bfloat16 of width 128, where the query is 67 MB.
     Config("linear_forward", _linear(gradient=False), dtypes=("bfloat16",), widths=(128,), temp_ratio=0.03),
     Config("linear_gradient", _linear(gradient=True), temp_ratio=0.12),

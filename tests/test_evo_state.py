@@ -11,6 +11,8 @@ from checks import assert_close, evo_params, signed_rows
 from flax import nnx
 
 import evo_jax
+from benchmarks.compile_report import ttir, unsafe
+from benchmarks.evo_state_builds import evo_resumed
 from evo_jax.evo import evo_attention
 from evo_jax.linen import EvoAttention as LinenEvoAttention
 from reference.evo import EvoSpec, evo_dense_from
@@ -110,6 +112,30 @@ KERNELS = (
 def test_kernels_by_pieces_equal_the_whole(shape, dtype, options, tolerances):
     """Two chunks, then a masked and a valid token; a step after a step of 18 rows: two tiles, the second ragged."""
     check(shape, dtype, tolerances, implementation="interpret", block_m=16, **options)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("width, dtype", [(64, "bfloat16"), (128, "bfloat16"), (80, "float32"), (256, "float32")])
+def test_compiled_kernels_by_pieces_equal_the_whole(width, dtype):
+    """On the device: a step, many chunks, and steps of 24 rows; TF32 x 3 for float32."""
+    mask = (np.arange(600) * 7) % 10 < np.array([[9], [5]])
+    tolerances = (5e-5, 3e-3) if dtype == "float32" else (5e-3, 5e-2)
+    pieces = (1, 300, 297, 1, 1)
+    check((2, 12, 600, width), dtype, tolerances, True, mask, pieces, implementation="triton")
+
+
+@pytest.mark.parametrize("width, dtype", [(7, "float32"), (80, "float32"), (256, "bfloat16")])
+def test_no_access_can_leave_its_array(width, dtype):
+    """Of the step, for 18 rows of two tiles; a state gives the other kernels no new accesses."""
+    modules = ttir(*evo_resumed(2, 9, 1, gradient=False, mask=True)(dtype, width))
+    assert [name for name, _ in modules] == ["evo_step"]
+    assert {name: found for name, text in modules if (found := unsafe(text))} == {}
+
+
+def test_wide_float32_takes_the_kernels_of_many_tokens():
+    """There the step would spill registers."""
+    modules = ttir(*evo_resumed(1, 2, 1, gradient=False)("float32", 256))
+    assert [name for name, _ in modules] == ["evo_sums", "evo_gated_sums", "evo_gate", "evo_norm"]
 
 
 def test_sums_in_float64_of_float32_values(x64):
