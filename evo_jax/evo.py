@@ -111,7 +111,7 @@ def evo_attention(
     spec = EvoSpec(bool(causal), mask_semantics == "padding", _accum_dtype(v, initial_state, accum_dtype))
     launch = shapes.launch(_OP, block_m=block_m, num_warps=num_warps, num_stages=num_stages)
     state = _state(initial_state, return_state, v, spec)
-    before = None if state is None or initial_state is None else state.count
+    before = None if state is None else state.count
     v, rows = padding.resolve(_OP, v, attention_mask, mask_semantics, spec.causal, before)
     arrays = (v,) if query is None else (v, query)
     how = choose(_OP, implementation, lambda: _refusal(v, params, spec), arrays)
