@@ -44,13 +44,18 @@ class GroupedHeads(Streams):
         op = type(self).__name__
         x = shapes.hidden_states(op, "hidden_states", hidden_states, self.hidden_size)
         projections = (self.q_proj, self.num_heads), (self.k_proj, self.num_kv_heads), (self.v_proj, self.num_kv_heads)
-        query, key, value = (project(x).reshape(*x.shape[:2], heads, self.head_dim) for project, heads in projections)
+        # One axis of tokens: XLA on CPUs is slower where the gradient of a kernel sums over two.
+        flat = x.reshape(-1, self.hidden_size)
+        query, key, value = (
+            project(flat).reshape(*x.shape[:2], heads, self.head_dim) for project, heads in projections
+        )
         query, key = (rotary.rotate(op, a, position_embeddings) for a in (query, key))
         return query, key, value
 
     def merge(self, out: jax.Array) -> jax.Array:
         """The output projection of (B, L, N, D)."""
-        return self.o_proj(out.reshape(*out.shape[:2], self.num_heads * self.head_dim))
+        wide = self.num_heads * self.head_dim
+        return self.o_proj(out.reshape(-1, wide)).reshape(*out.shape[:2], self.hidden_size)
 
 
 def _projection(inputs: int, outputs: int, dtype: Any, param_dtype: Any, rngs: nnx.Rngs) -> nnx.Linear:
