@@ -6,18 +6,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import ml_dtypes
 import numpy as np
 import torch
 from jax.core import Tracer
 
 _WIDE = (torch.float64, torch.int64, torch.uint64, torch.complex128)
-# What torch cannot show to numpy goes as integers of its width.
-_CARRIED = {
-    torch.bfloat16: (torch.int16, np.dtype(ml_dtypes.bfloat16)),
-    torch.float8_e4m3fn: (torch.uint8, np.dtype(ml_dtypes.float8_e4m3fn)),
-    torch.float8_e5m2: (torch.uint8, np.dtype(ml_dtypes.float8_e5m2)),
-}
+_BFLOAT16 = np.dtype(jnp.bfloat16)
 
 
 def from_torch(tensor: torch.Tensor, *, copy: bool | None = None) -> jax.Array:
@@ -96,10 +90,12 @@ def argument(tensor: torch.Tensor) -> Any:
     check_tensor(tensor)
     if tensor.device.type != "cpu" or jax.default_backend() != "cpu":
         return from_torch(tensor)
-    carrier = _CARRIED.get(tensor.dtype)
-    if carrier is None:
+    if tensor.dtype is torch.bfloat16:  # which torch does not show to numpy
+        return tensor.detach().view(torch.int16).numpy().view(_BFLOAT16)
+    try:
         return tensor.numpy(force=True)
-    return tensor.detach().view(carrier[0]).numpy().view(carrier[1])
+    except TypeError:  # numpy lacks the dtype
+        return from_torch(tensor)
 
 
 def exported(array: jax.Array) -> torch.Tensor:
@@ -119,8 +115,10 @@ def check_tensor(tensor: torch.Tensor) -> None:
             f"{tensor.dtype} would lose bits while JAX works in 32: switch 64 bits on by "
             "jax.config.update('jax_enable_x64', True), or cast the tensor, as by .float(), .int() or .bool()"
         )
-    if tensor.layout is not torch.strided or tensor.is_quantized:
+    if tensor.layout is not torch.strided:
         raise TypeError(f"JAX holds strided tensors only, not {tensor.layout=}: give tensor.to_dense()")
+    if tensor.is_quantized:
+        raise TypeError(f"JAX has no {tensor.dtype=}: give tensor.dequantize()")
     _device(tensor.device.type, tensor.device.index)
 
 

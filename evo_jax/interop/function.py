@@ -2,13 +2,13 @@
 
 import contextlib
 import functools
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import torch
 
 from evo_jax.backend import _context as _backend_context
@@ -30,11 +30,10 @@ _DIFFERENTIATED, _GIVEN, _ARRAY = object(), object(), object()
 def to_torch_function(fn: Callable[..., Any]) -> Callable[..., Any]:
     """Return `fn`, which takes and returns JAX arrays, as a function of torch tensors that autograd differentiates.
 
-    Arguments and results are any nesting of tuples, lists, dicts and NamedTuples. Tensors (and arrays of JAX or numpy)
-    become traced arrays; every other leaf is static: it must be hashable, reaches `fn` as it is, and a new value is a
-    new trace, so give what changes between calls, as a position does, in a tensor. The forward pass and the backward
-    pass are one jitted call each, traced once for each set of shapes, dtypes and static values; `fn` need not be
-    jitted.
+    Arguments and results are any nesting of tuples, lists, dicts and NamedTuples. Tensors (and JAX arrays) become
+    traced arrays; every other leaf is static: it must be hashable, reaches `fn` as it is, and a new value is a new
+    trace, so give what changes between calls, as a position does, in a tensor. The forward pass and the backward pass
+    are one jitted call each, traced once for each set of shapes, dtypes and static values; `fn` need not be jitted.
 
     Gradients reach the floating and complex tensors that require them; integers and bools have none. Under
     torch.no_grad(), or where no tensor requires a gradient, nothing is kept for a backward pass. What is kept are
@@ -56,7 +55,6 @@ def to_torch_function(fn: Callable[..., Any]) -> Callable[..., Any]:
     """
     cases: dict[Any, _Case] = {}
 
-    @functools.wraps(fn)
     def call(*args: Any, **kwargs: Any) -> Any:
         leaves, tree = jax.tree.flatten((args, kwargs))
         marks = _marks(leaves)
@@ -64,14 +62,30 @@ def to_torch_function(fn: Callable[..., Any]) -> Callable[..., Any]:
         try:
             case = cases.get(key)
         except TypeError as error:
-            raise TypeError(f"{_name(fn)}: an argument that is not a tensor must be hashable: {error}") from error
+            raise TypeError(f"{_name(fn)}: an argument must be a tensor or hashable: {error}") from error
         if case is None:
             case = cases[key] = _Case(
                 fn, tree, tuple(_static(leaf, mark) for leaf, mark in zip(leaves, marks, strict=True))
             )
         return case(leaves)
 
-    return call
+    return _outside_compile(functools.wraps(fn)(call))
+
+
+def _outside_compile(call: Callable[..., Any]) -> Callable[..., Any]:
+    """`call`, at which torch.compile breaks its graph; the compiler takes a second to import, so not before it is."""
+    hidden: Callable[..., Any] | None = None
+
+    @functools.wraps(call)
+    def outside(*args: Any, **kwargs: Any) -> Any:
+        nonlocal hidden
+        if "torch._dynamo" not in sys.modules:
+            return call(*args, **kwargs)
+        if hidden is None:
+            hidden = torch.compiler.disable(call, reason="JAX computes it")
+        return hidden(*args, **kwargs)
+
+    return outside
 
 
 def _name(fn: Callable[..., Any]) -> str:
@@ -85,7 +99,7 @@ def _marks(leaves: Sequence[Any]) -> list[Any]:
     for leaf in leaves:
         if isinstance(leaf, torch.Tensor):
             marks.append(_DIFFERENTIATED if grad and leaf.requires_grad else _GIVEN)
-        elif isinstance(leaf, jax.Array | np.ndarray):
+        elif isinstance(leaf, jax.Array):
             marks.append(_ARRAY)
         else:  # 1, 1.0 and True are equal, and so are 0.0 and -0.0, but not nan and nan
             marks.append((type(leaf), repr(leaf) if isinstance(leaf, float | complex) else leaf))
@@ -200,11 +214,12 @@ class _Bridge(torch.autograd.Function):
     def backward(ctx: Any, *cotangents: torch.Tensor) -> Any:  # pyright: ignore
         if torch.is_grad_enabled():
             raise RuntimeError(_TWICE)
-        shared = [argument(tensor) for tensor in ctx.saved_tensors]
+        saved = ctx.saved_tensors
         if ctx.own is None:
             raise RuntimeError(_RELEASED)
-        given = [argument(cotangents[place]) for place in ctx.plan.floats]
         with _restored(ctx.settings):
+            shared = [argument(tensor) for tensor in saved]
+            given = [argument(cotangents[place]) for place in ctx.plan.floats]
             gradients = ctx.plan.backward(ctx.own, shared, given)
         if not _graph_is_kept():
             ctx.own = None
