@@ -1,4 +1,4 @@
-"""Measure a suite and print it: `python -m benchmarks.run --suite cpu|gpu [--out FILE]`.
+"""Measure a suite and print it: `python -m benchmarks.run --suite cpu|gpu [--op OP] [--out FILE]`.
 
 Every timing follows a correctness gate; contenders run interleaved and are compared by medians of the same run. The
 JSON holds the raw samples, versions, device and date. On a CPU, large outputs cost page faults: MALLOC_MMAP_THRESHOLD_
@@ -57,19 +57,20 @@ def line(row: dict[str, Any]) -> str:
 def main(argv: list[str] | None = None) -> int:
     """Run a suite; 1 where a gate failed, after which nothing more is timed."""
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # torch shares the device
-    from benchmarks.suites import SUITES, Options
+    from benchmarks.suites import OPS, SUITES, Options
     from benchmarks.timing import GateError
 
     parser = argparse.ArgumentParser(prog="python -m benchmarks.run", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--suite", choices=sorted(SUITES), default="cpu")
     parser.add_argument("--rounds", type=int, default=Options().rounds, help="calls of each contender in each case")
     parser.add_argument("--longest", type=int, default=Options().longest, help="leave out longer sequences")
+    parser.add_argument("--op", action="append", choices=OPS, default=[], help="repeatable: only these operations")
     parser.add_argument("--out", type=Path, metavar="FILE", help="also write the report as JSON")
     options = parser.parse_args(argv)
     report: dict[str, Any] = {"suite": options.suite, "environment": environment(), "rows": []}
     failure = None
     try:
-        for row in SUITES[options.suite](Options(options.rounds, options.longest)):
+        for row in SUITES[options.suite](Options(options.rounds, options.longest, tuple(options.op))):
             report["rows"].append(row)
             print(line(row), flush=True)
     except GateError as error:

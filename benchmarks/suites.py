@@ -16,33 +16,37 @@ from benchmarks.timing import compare
 
 @dataclass(frozen=True, slots=True)
 class Options:
-    """How long to measure: rounds of every case, and the longest sequence."""
+    """How long to measure: rounds of every case, the longest sequence, and of which operations (none: all)."""
 
     rounds: int = 15
     longest: int = 1 << 30
+    ops: tuple[str, ...] = ()
+
+    def wants(self, op: str) -> bool:
+        return not self.ops or op in self.ops
 
 
 def cpu(options: Options) -> Iterator[dict[str, Any]]:
     """Against the original in torch with two threads; then memory, generation, and time against length."""
-    for shape in _within(shapes.CPU_EVO, options):
+    for shape in _within(shapes.CPU_EVO, options, "evo"):
         for gradient in (False, True):
             pair = [contenders.torch_evo(shape, gradient), contenders.jax_evo(shape, gradient, "reference")]
             yield compare(_name("evo", shape, gradient), pair, contenders.EVO_TOLERANCES[shape.dtype], options.rounds)
-    for shape in _within(shapes.CPU_EVO[-1:], options):
+    for shape in _within(shapes.CPU_EVO[-1:], options, "prefix_sum"):
         pair = [
             contenders.torch_prefix(shape),
             contenders.jax_prefix(shape, "evo_jax reference", _prefix_sum("reference")),
         ]
         yield compare(f"prefix_sum {shape}", pair, {"out": 1e-5}, options.rounds)
-    for shape in _within(shapes.CPU_EVO, options):
+    for shape in _within(shapes.CPU_EVO, options, "evo"):
         yield _memory(shape, "reference")
     yield from _cpu_layers(options)
     yield from _cpu_ops(options)
-    for kind in generation.KINDS:
+    for kind in filter(options.wants, generation.KINDS):
         yield generation.row(kind, min(4096, options.longest), max(options.rounds // 3, 1))
     for shape in _within(shapes.CPU_LENGTHS, options):
         for op, contender in _BY_LENGTH.items():
-            for gradient in (False, True):
+            for gradient in (False, True) if options.wants(op.removesuffix(" layer")) else ():
                 alone = [contender(shape, gradient, "reference")]
                 row = compare(f"length: {_name(op, shape, gradient)}", alone, {}, max(options.rounds // 3, 3))
                 yield row | {"ns_per_token": 1e9 * row["median_s"][alone[0].name] / shape.length}
@@ -50,7 +54,7 @@ def cpu(options: Options) -> Iterator[dict[str, Any]]:
 
 def _cpu_layers(options: Options) -> Iterator[dict[str, Any]]:
     """Whole layers against the originals, which take seconds at L = 8,192: few calls of those."""
-    for kind in layers.KINDS:
+    for kind in filter(options.wants, layers.KINDS):
         for shape in _within(shapes.CPU_LAYERS, options):
             for gradient in (False, True):
                 pair = [layers.torch_layer(kind, shape, gradient), layers.jax_layer(kind, shape, gradient, "reference")]
@@ -70,14 +74,14 @@ def _cpu_ops(options: Options) -> Iterator[dict[str, Any]]:
     flash = partial(evo_jax.flash_attention, implementation="reference")
     sliding = partial(evo_jax.sliding_window_attention, window_size=layers.WINDOW, implementation="reference")
     rounds = max(options.rounds // 3, 1)
-    for shape in _within(shapes.CPU_LAYERS, options):
+    for shape in _within(shapes.CPU_LAYERS, options, "flash"):
         for gradient in (False, True):
             pair = [
                 layers.torch_op("torch SDPA", shape, gradient, peers.torch_sdpa),
                 layers.jax_op("evo_jax reference", shape, gradient, flash),
             ]
             yield compare(_name("flash", shape, gradient), pair, layers.OP_TOLERANCES[shape.dtype], rounds)
-    for shape in _within(shapes.CPU_LAYERS[1:], options):
+    for shape in _within(shapes.CPU_LAYERS[1:], options, "sliding_window"):
         flex = peers.torch_flex(layers.WINDOW, shape.length)
         pair = [
             layers.torch_op("torch FlexAttention", shape, False, flex),
@@ -90,7 +94,7 @@ def _cpu_ops(options: Options) -> Iterator[dict[str, Any]]:
 
 def gpu(options: Options) -> Iterator[dict[str, Any]]:
     """The kernels against XLA's own compilation of the reference and eager torch; sums and decoding against a copy."""
-    for shape in _within(shapes.GPU_PREFIX, options):
+    for shape in _within(shapes.GPU_PREFIX, options, "prefix_sum"):
         runs = {
             "copy": lambda x: jnp.negative(x),  # one read, one write: what the memory allows
             "evo_jax triton": _prefix_sum("triton"),
@@ -101,7 +105,7 @@ def gpu(options: Options) -> Iterator[dict[str, Any]]:
         row = compare(f"prefix_sum {shape}", rows[1:], tolerance, options.rounds)
         copy = compare("copy", rows[:1], {}, options.rounds)
         yield row | {"copy_s": copy["median_s"]["copy"]}
-    for shape in _within(shapes.GPU_EVO, options):
+    for shape in _within(shapes.GPU_EVO, options, "evo"):
         for gradient in (False, True):
             rows = [
                 contenders.jax_evo(shape, gradient, "triton"),
@@ -112,7 +116,7 @@ def gpu(options: Options) -> Iterator[dict[str, Any]]:
             rows = rows if shape.dtype == "float32" else rows[:2]
             yield compare(_name("evo", shape, gradient), rows, contenders.EVO_TOLERANCES[shape.dtype], options.rounds)
     yield from _gpu_attention(options)
-    for shape in _within(shapes.GPU_DECODE, options):
+    for shape in _within(shapes.GPU_DECODE, options, "decode"):
         yield decoding.row(shape, options.rounds)
 
 
@@ -131,12 +135,17 @@ def _gpu_attention(options: Options) -> Iterator[dict[str, Any]]:
     for shape in _within(shapes.GPU_ATTENTION, options):
         for gradient in (False, True):
             tolerances = layers.OP_TOLERANCES[shape.dtype]
-            flash = layers.jax_op("evo_jax triton", shape, gradient, partial(ours["flash"], implementation="triton"))
-            others = [layers.torch_op("torch SDPA", shape, gradient, peers.torch_sdpa, "cuda")]
-            if shape.dtype == "bfloat16":
-                others.append(layers.jax_op("jax.nn cudnn", shape, gradient, cudnn))
-            yield compare(_name("flash", shape, gradient), [*others, flash], tolerances, options.rounds)
+            if options.wants("flash"):
+                flash = layers.jax_op(
+                    "evo_jax triton", shape, gradient, partial(ours["flash"], implementation="triton")
+                )
+                others = [layers.torch_op("torch SDPA", shape, gradient, peers.torch_sdpa, "cuda")]
+                if shape.dtype == "bfloat16":
+                    others.append(layers.jax_op("jax.nn cudnn", shape, gradient, cudnn))
+                yield compare(_name("flash", shape, gradient), [*others, flash], tolerances, options.rounds)
             for name, function in list(ours.items())[1:]:
+                if not options.wants(name):
+                    continue
                 pair = [
                     layers.jax_op(f"evo_jax {how}", shape, gradient, partial(function, implementation=how))
                     for how in ("reference", "triton")
@@ -150,6 +159,7 @@ _BY_LENGTH: dict[str, Any] = {
     "sliding_window layer": partial(layers.jax_layer, "sliding_window"),
 }
 SUITES = {"cpu": cpu, "gpu": gpu}
+OPS = ("evo", "prefix_sum", *layers.KINDS, "flash", "decode")
 
 
 def _prefix_sum(implementation: str) -> Any:
@@ -176,8 +186,9 @@ def _memory(shape: EvoShape, implementation: str) -> dict[str, Any]:
     return {"case": f"temporary memory, evo {shape}", "temp_bytes": sizes}
 
 
-def _within(candidates: tuple[EvoShape, ...], options: Options) -> list[EvoShape]:
-    return [shape for shape in candidates if shape.length <= options.longest]
+def _within(candidates: tuple[EvoShape, ...], options: Options, op: str | None = None) -> list[EvoShape]:
+    wanted = op is None or options.wants(op)
+    return [shape for shape in candidates if wanted and shape.length <= options.longest]
 
 
 def _name(op: str, shape: EvoShape, gradient: bool) -> str:

@@ -48,11 +48,12 @@ def test_a_sample_is_many_short_calls_and_counts_one(monkeypatch):
     assert 6 <= len(calls) <= 23 and all(0.001 <= s < 0.01 for s in seconds)
 
 
-def test_cpu_suite_writes_a_report(tmp_path, capsys):
-    """The shortest shape of the real suite: ours agrees with the original's mathematics in torch, gradients too."""
+def test_cpu_suite_writes_a_report(tmp_path, capsys, monkeypatch):
+    """Some of the real suite: ours agrees with the original's mathematics in torch, gradients too."""
+    monkeypatch.setattr(timing, "SAMPLE", 0)
     pytest.importorskip("torch", reason="the peer is torch, which the newest lane leaves out (gigabytes of CUDA)")
     out = tmp_path / "cpu.json"
-    assert main(["--suite", "cpu", "--longest", "512", "--rounds", "2", "--out", str(out)]) == 0
+    assert main(["--longest", "512", "--rounds", "2", "--op", "evo", "--op", "linear", "--out", str(out)]) == 0
     report = json.loads(out.read_text())
     cases = {row["case"]: row for row in report["rows"]}
     gradients = cases["evo forward+backward B1 H8 L512 D64 float32"]
