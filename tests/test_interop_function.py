@@ -1,6 +1,8 @@
 """to_torch_function: values and gradients in any nesting, what is traced and kept, and torch's rules of autograd."""
 
+import doctest
 import gc
+import json
 import threading
 from typing import Any, NamedTuple
 
@@ -11,7 +13,8 @@ import pytest
 
 torch = pytest.importorskip("torch", reason="the newest lane leaves torch out (gigabytes of CUDA)")
 import evo_jax  # noqa: E402
-from evo_jax.interop import to_torch_function  # noqa: E402
+from benchmarks import interop as benchmark  # noqa: E402
+from evo_jax.interop import arrays, function, to_torch_function  # noqa: E402
 
 
 class Pair(NamedTuple):
@@ -272,3 +275,19 @@ def test_torch_compile_breaks_its_graph_there():
     actual = torch.autograd.grad(torch.compile(model, backend=count)(x, w), (x, w))
     torch.testing.assert_close(actual, expected)
     assert len(graphs) >= 2
+
+
+def test_the_benchmark_gates_and_reports_the_overhead(tmp_path, monkeypatch):
+    shortest = {"tanh": benchmark.operations()["tanh"]}
+    monkeypatch.setattr(benchmark, "operations", lambda: shortest)
+    benchmark.main(["--rounds", "1", "--out", str(tmp_path / "report.json")])
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert report["gate_failure"] is None and len(report["rows"]) == 4
+    assert report["rows"][0]["overhead_us"].keys() == {"torch", "torch recorded"}
+    assert report["rows"][1]["errors"].keys() == {"out", "gradient"}
+
+
+@pytest.mark.parametrize("module", [arrays, function])
+def test_examples_in_the_docstrings_print_what_they_say(module):
+    result = doctest.testmod(module)
+    assert result.attempted > 0 and result.failed == 0
