@@ -14,7 +14,7 @@ import pytest
 torch = pytest.importorskip("torch", reason="the newest lane leaves torch out (gigabytes of CUDA)")
 import evo_jax  # noqa: E402
 from benchmarks import interop as benchmark  # noqa: E402
-from evo_jax.interop import arrays, function, to_torch_function  # noqa: E402
+from evo_jax.interop import arrays, from_torch, function, to_torch, to_torch_function  # noqa: E402
 
 
 class Pair(NamedTuple):
@@ -139,6 +139,21 @@ def test_a_second_derivative_is_refused_and_the_way_out_works():
         torch.autograd.grad(cube(x), x, create_graph=True)
     inner = to_torch_function(jax.grad(lambda x: (x**3).sum()))(x)
     torch.testing.assert_close(torch.autograd.grad(inner.sum(), x)[0], 6 * x)
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")  # torch itself uses it for forward mode
+def test_other_ways_to_differentiate_are_refused_not_ignored():
+    fn = to_torch_function(jnp.sin)
+    x = torch.ones(3)
+    with torch.autograd.forward_ad.dual_level():
+        for point in (x, x.clone().requires_grad_()):
+            with pytest.raises(NotImplementedError, match="jvp"):
+                fn(torch.autograd.forward_ad.make_dual(point, x))
+        assert fn(x).shape == (3,)
+    with pytest.raises(RuntimeError, match="functorch transforms"):
+        torch.func.grad(lambda x: fn(x).sum())(x)
+    with pytest.raises(RuntimeError, match="storage"):
+        torch.vmap(fn)(x[None])
 
 
 @pytest.mark.parametrize("size", [4, 1 << 19])  # small, and where XLA would share the memory
@@ -291,3 +306,25 @@ def test_the_benchmark_gates_and_reports_the_overhead(tmp_path, monkeypatch):
 def test_examples_in_the_docstrings_print_what_they_say(module):
     result = doctest.testmod(module)
     assert result.attempted > 0 and result.failed == 0
+
+
+@pytest.mark.gpu
+def test_cuda_tensors_share_memory_and_follow_the_current_stream():
+    if not torch.cuda.is_available():
+        pytest.skip(f"torch {torch.__version__} sees no CUDA device")
+    tensor = torch.arange(4096, device="cuda", dtype=torch.float32)
+    array = from_torch(tensor, copy=False)
+    assert array.unsafe_buffer_pointer() == tensor.data_ptr() and jnp.array_equal(array, jnp.arange(4096.0))
+    assert to_torch(array, copy=False).data_ptr() == tensor.data_ptr() != to_torch(array).data_ptr()
+    fn = to_torch_function(_layer)
+    x, w = (t.detach().cuda().requires_grad_() for t in _tensors((512, 512), (512, 512)))
+    for stream in (torch.cuda.current_stream(), torch.cuda.Stream()):
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for step in range(50):  # work is still queued when JAX is called, and when torch reads
+                busy = torch.tanh(x @ w / (step + 10))
+                actual = torch.autograd.grad(fn(busy, w / 20).square().sum(), (x, w), retain_graph=True)
+                expected = torch.autograd.grad(torch.tanh(busy @ (w / 20)).square().sum(), (x, w))
+                torch.testing.assert_close(actual, expected, rtol=1e-2, atol=5e-2)  # both may use TF32
+    with pytest.raises((ValueError, RuntimeError), match="device"):
+        fn(x, w.cpu())

@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import torch
+from torch.autograd import forward_ad
 
 from evo_jax.backend import _context as _backend_context
 from evo_jax.interop.arrays import argument, exported
@@ -43,7 +44,8 @@ def to_torch_function(fn: Callable[..., Any]) -> Callable[..., Any]:
     Raises:
         TypeError: an unhashable static argument, or a tensor that from_torch() refuses (so: 64-bit dtypes need
             jax_enable_x64). RuntimeError: a tensor on a device that JAX does not have; in the backward pass, a second
-            derivative (`create_graph=True`), or a saved tensor that was changed in place.
+            derivative (`create_graph=True`), or a saved tensor that was changed in place; transforms of torch.func.
+            NotImplementedError: a tensor with a tangent of forward mode.
 
     >>> import torch, evo_jax
     >>> from evo_jax.interop import to_torch_function
@@ -126,6 +128,7 @@ class _Case:
         tensors = [leaves[i] for i in self.given]
         others = [leaves[i] for i in self.arrays]
         if not self.differentiated:
+            _refuse_tangents(tensors)
             return jax.tree.map(exported, self.plain([], [argument(t) for t in tensors], others))
         call = _Call(self, tensors, others)
         results = _Bridge.apply(call, *(leaves[i] for i in self.differentiated))
@@ -224,6 +227,16 @@ class _Bridge(torch.autograd.Function):
         if not _graph_is_kept():
             ctx.own = None
         return None, *(exported(gradient) for gradient in gradients)
+
+
+def _refuse_tangents(tensors: Sequence[torch.Tensor]) -> None:
+    """Raise where forward-mode differentiation would lose a tangent; where autograd records, torch itself does."""
+    if getattr(forward_ad, "_current_level", 0) >= 0 and any(
+        forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors
+    ):
+        raise NotImplementedError(
+            "a function made by to_torch_function has no forward-mode derivative in torch: call jax.jvp inside of it"
+        )
 
 
 def _settings() -> tuple[Any, ...]:
