@@ -91,10 +91,7 @@ def _crossings(x: np.ndarray) -> list[Contender]:
 
     from evo_jax.interop import from_torch, to_torch
 
-    tensor, array = (
-        torch.from_numpy(x).clone(),
-        jax.numpy.asarray(x),
-    )  # torch aligns its own memory so that XLA takes it
+    tensor, array = torch.from_numpy(x).clone(), jax.numpy.asarray(x)  # torch aligns its memory as XLA wants it
 
     def contender(name: str, run: Callable[[], Any]) -> Contender:
         return Contender(name, run, lambda: {"out": np.asarray(run())})
