@@ -2,6 +2,7 @@
 
 import argparse
 import importlib.util
+import io
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -138,6 +139,8 @@ def _generate(arguments: argparse.Namespace) -> int:
     except (DemoError, NotImplementedError) as error:
         print(f"generate: {error}", file=sys.stderr)
         return 1
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # a terminal may not know every character that the model writes
     print(report.printable(prompt + written.text), flush=True)
     count, seconds = len(written.text), written.seconds
     print(f"{count} tokens in {seconds:.2f} s: {count / max(seconds, 1e-9):,.0f} tokens/s", file=sys.stderr)

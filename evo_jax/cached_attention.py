@@ -31,13 +31,14 @@ class Layout(NamedTuple):
 
 
 class _New(NamedTuple):
-    """New tokens, those that exist first: arrays (B, T, heads, D), and how many exist, (B,) and known to be all."""
+    """New tokens, those that exist first: arrays (B, T, heads, D); how many exist, (B,), and whether all do."""
 
     query: jax.Array
     key: jax.Array
     value: jax.Array
     count: jax.Array
     all_exist: bool
+    kept: jax.Array  # (B,): as many of those as there is room for
 
 
 def init(layout: Layout, batch: Any, capacity: Any, width: int, dtype: Any) -> Any:
@@ -69,9 +70,14 @@ def attend(
     groups = _groups(layout, cache, query)
     valid, bad, pairs = _masks(op, mask, query, groups)
     options = options | pairs
+    if bad is not None:  # what such a mask lets into the cache is not to be taken for tokens later
+        poison = jnp.where(bad, jnp.nan, 0.0)[:, None, None, None]
+        key, value = key + poison.astype(key.dtype), value + poison.astype(value.dtype)
     new, order = _existing_first(query, key, value, valid)
-    for group in groups:
-        _check_room(op, group, new.count)
+    check_room(op, groups, new.count)
+    for own in groups:
+        if isinstance(own, KVCache):
+            new = new._replace(kept=jnp.clip(own.key.shape[1] - own.lengths, 0, new.kept))
     results = []
     for group, own in zip(layout.groups, groups, strict=True):
         part = _part(new, group)
@@ -113,25 +119,29 @@ def _masks(
     if mask is None:
         return None, None, {}
     (batch, tokens, heads, _), mask = query.shape, mask if isinstance(mask, jax.Array) else np.asarray(mask)
-    floating = jnp.issubdtype(mask.dtype, jnp.floating)
-    if mask.shape == (batch, 1, 1, tokens) and tokens > 1 and not floating:
-        mask = mask[:, 0, 0]
-    if mask.ndim != 4 or mask.shape == (batch, 1, tokens, 1):
+    floating, of_keys = jnp.issubdtype(mask.dtype, jnp.floating), mask.ndim == 4 and mask.shape[1:3] == (1, 1)
+    if of_keys and mask.shape[3] == tokens and not floating:
+        mask = jnp.broadcast_to(mask[:, 0, 0], (batch, tokens))
+    if mask.ndim != 4 or (mask.shape == (batch, 1, tokens, 1) and tokens > 1):
         valid, wrong = padding.valid(op, mask, batch, tokens)
         return valid, None if wrong is None else wrong.any(axis=1), {}
     if len(groups) > 1 or isinstance(groups[0], RingCache):
         raise ValueError(
             f"{op}: attention_mask.shape={mask.shape}: with a cache of windows it must be {shapes.MASK_SHAPES}"
         )
-    capacity = groups[0].key.shape[1]
+    capacity, bad = groups[0].key.shape[1], None
+    if mask.shape[3] > capacity:
+        raise ValueError(f"{op}: attention_mask.shape={mask.shape} has more keys than the cache's {capacity}")
+    if of_keys and not floating:
+        seen, wrong = padding.valid(op, jnp.broadcast_to(mask[:, 0, 0], (batch, mask.shape[3])), batch, mask.shape[3])
+        mask, bad = seen[:, None, None], None if wrong is None else wrong.any(axis=1)
     if mask.dtype != bool and not floating:
         raise TypeError(f"{op}: attention_mask {mask.shape} of {mask.dtype.name}, of pairs, must be bool or float")
     shapes.broadcastable(op, "attention_mask", mask, (batch, heads, tokens, max(mask.shape[3], 1)))
-    if mask.shape[3] > capacity:
-        raise ValueError(f"{op}: attention_mask.shape={mask.shape} has more keys than the cache's {capacity}")
     hidden = jnp.asarray(-jnp.inf if floating else False, mask.dtype)
     full = jnp.pad(mask, [(0, 0)] * 3 + [(0, capacity - mask.shape[3])], constant_values=hidden)
-    return None, None, {"bias" if floating else "mask": full, "is_causal": False}
+    causal = {} if mask.shape[2] == 1 else {"is_causal": False}  # as without a cache: one of keys comes on top of it
+    return None, bad, {"bias" if floating else "mask": full, **causal}
 
 
 def _existing_first(
@@ -140,22 +150,25 @@ def _existing_first(
     """(the tokens in a new order, that order or None)."""
     batch, tokens = query.shape[:2]
     if valid is None:
-        return _New(query, key, value, jnp.full((batch,), tokens, jnp.int32), True), None
+        count = jnp.full((batch,), tokens, jnp.int32)
+        return _New(query, key, value, count, True, count), None
     order = jnp.argsort(jnp.logical_not(valid), axis=1, stable=True)
     query, key, value = (jnp.take_along_axis(x, order[:, :, None, None], axis=1) for x in (query, key, value))
-    return _New(query, key, value, valid.sum(axis=1, dtype=jnp.int32), False), order
+    count = valid.sum(axis=1, dtype=jnp.int32)
+    return _New(query, key, value, count, False, count), order
 
 
-def _check_room(op: str, cache: Any, count: jax.Array) -> None:
-    """ValueError where it is known that the new tokens do not fit."""
-    if isinstance(cache, RingCache) or not (shapes.known(cache.lengths) and shapes.known(count)):
-        return
-    capacity, after = cache.key.shape[1], np.asarray(cache.lengths) + np.asarray(count)
-    if (after > capacity).any():
-        raise ValueError(
-            f"{op}: with the new tokens a sequence has {after.max()}, and the cache's capacity is {capacity}; "
-            "make a larger one with init_cache(batch_size, capacity)"
-        )
+def check_room(op: str, groups: list[Any], count: Any) -> None:
+    """ValueError where it is known that `count` (B,) new tokens do not fit into a cache."""
+    for cache in groups:
+        if not isinstance(cache, KVCache) or not (shapes.known(cache.lengths) and shapes.known(count)):
+            continue
+        capacity, after = cache.key.shape[1], np.asarray(cache.lengths) + np.asarray(count)
+        if (after > capacity).any():
+            raise ValueError(
+                f"{op}: with the new tokens a sequence has {after.max()}, and the cache's capacity is {capacity}; "
+                "make a larger one with init_cache(batch_size, capacity)"
+            )
 
 
 def _part(new: _New, group: Group) -> _New:
@@ -178,7 +191,7 @@ def _over_ring(new: _New, cache: RingCache, options: dict[str, Any]) -> tuple[ja
     """Over the last W tokens; those of the ring are laid out before the new ones, which stand at W and on."""
     key, value = new.key.astype(cache.key.dtype), new.value.astype(cache.value.dtype)
     tokens, window = new.query.shape[1], cache.key.shape[1]
-    after = caches.turn(cache, key, value, new.count)
+    after = caches.turn(cache, key, value, new.kept)
     if tokens == 1:  # it sees all that the ring now holds, in whatever order
         lengths = {"key_value_seq_lengths": jnp.minimum(after.lengths, window), **_query_lengths(new)}
         return attention.flash_attention(

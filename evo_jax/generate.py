@@ -151,7 +151,7 @@ def _scalar(name: str, value: Any, within: Callable[[float], bool], meaning: str
     if array.shape:
         raise ValueError(f"{_OP}: {name}.shape={array.shape} must be (), one number for all sequences")
     host = _host(value)
-    if host is not None and not (np.isfinite(host) and within(float(host))):
+    if host is not None and not (np.isfinite(np.float32(host)) and within(float(host))):
         raise ValueError(f"{_OP}: {name}={value} must be {meaning}")
     return array.astype(jnp.float32)
 

@@ -84,7 +84,8 @@ def linear_attention(
     how = choose(_OP, implementation, lambda: _refusal(query, key, value, state, rows, spec), (query, key, value))
     out, last = _run(query, key, value, state, rows, spec, how, launch, return_state)
     if bad is not None:
-        out = jnp.where(bad[:, None, None, None], jnp.asarray(jnp.nan, out.dtype), out)
+        poison = lambda x: jnp.where(bad.reshape(-1, *[1] * (x.ndim - 1)), jnp.asarray(jnp.nan, x.dtype), x)  # noqa: E731
+        out, last = poison(out), jax.tree.map(poison, last)
     return (out, last) if return_state else out
 
 

@@ -73,11 +73,11 @@ class EvoAttention(Streams):
     def init_cache(self, batch_size: int, capacity: int | None = None, dtype: Any = None) -> EvoState:
         """The state before the first token, of a size that no sequence changes: `capacity` is not used.
 
-        `dtype` is that of the sums: float32 (None), or float64 where x64 is on.
+        `dtype` is that of the computation (None: the layer's own, or else that of its parameters); sums are kept in it,
+        but never in less than float32.
         """
-        op = type(self).__name__
-        dtype = shapes.accum_dtype(op, jnp.zeros((), jnp.float32), jnp.float32 if dtype is None else dtype)
-        return init_evo_state(batch_size, self.num_heads, self.head_dim, dtype)
+        batch, dtype = state_sizes(self, batch_size, dtype)
+        return init_evo_state(batch, self.num_heads, self.head_dim, dtype)
 
     def __call__(
         self,
@@ -106,10 +106,10 @@ class EvoAttention(Streams):
         v = x.reshape(batch, length, self.num_heads, self.head_dim).swapaxes(1, 2)
         given = {} if cache is None else {"initial_state": cache, "return_state": True}
         out = evo_attention(v, EvoParams(*arrays), causal=causal, attention_mask=attention_mask, **given, **options)
-        out, cache = out if given else (out, None)
+        out, after = out if given else (out, None)
         out = out.swapaxes(1, 2).reshape(x.shape)
         out = out if self.out_proj is None else self._project(out, attention_mask, options)
-        return (out, cache) if given else out
+        return (out, as_before(after, cache)) if given else out
 
     def _project(self, out: jax.Array, mask: Any, options: dict[str, Any]) -> jax.Array:
         """The output projection; its bias does not reach tokens that do not exist."""
@@ -183,16 +183,16 @@ class LinearAttention(GroupedHeads):
         )
         self.scale, self.feature_map, self.is_causal, self.eps = scale, feature_map, is_causal, eps
 
-    def init_cache(self, batch_size: int, capacity: int | None = None, dtype: Any = jnp.float32) -> LinearState:
+    def init_cache(self, batch_size: int, capacity: int | None = None, dtype: Any = None) -> LinearState:
         """The state before the first token, of a size that no sequence changes: `capacity` is not used.
 
-        `dtype` is that of the sums: float32, or float64 where x64 is on.
+        `dtype` is that of the computation (None: the layer's own, or else that of its parameters); sums are kept in it,
+        but never in less than float32.
         """
-        op, heads, width = type(self).__name__, self.num_kv_heads, self.head_dim
-        dtype = shapes.accum_dtype(op, jnp.zeros((), jnp.float32), jnp.float32 if dtype is None else dtype)
+        (batch, dtype), heads, width = state_sizes(self, batch_size, dtype), self.num_kv_heads, self.head_dim
         features = width if isinstance(self.feature_map, str) else self._features(width)
-        kv = jnp.zeros((batch_size, heads, features, width), dtype)
-        return LinearState(kv, jnp.zeros((batch_size, heads, features), dtype))
+        kv = jnp.zeros((batch, heads, features, width), dtype)
+        return LinearState(kv, jnp.zeros((batch, heads, features), dtype))
 
     def _features(self, width: int) -> int:
         """How many features a function makes of D values."""
@@ -224,6 +224,10 @@ class LinearAttention(GroupedHeads):
         Raises:
             ValueError: `hidden_states` is not (B, L, hidden_size), and whatever linear_attention raises.
         """
+        if cache is not None and not self.is_causal:
+            raise ValueError(
+                "LinearAttention: cache= needs is_causal=True: a token in the cache sees none that come later"
+            )
         query, key, value = self.project(hidden_states, position_embeddings)
         if self.scale is not None:
             query = query * jnp.asarray(self.scale, query.dtype)
@@ -240,4 +244,17 @@ class LinearAttention(GroupedHeads):
             eps=self.eps,
             implementation=implementation,
         )
-        return self.merge(out), None if cache is None else state
+        return self.merge(out), None if cache is None else as_before(state, cache)
+
+
+def state_sizes(layer: Any, batch_size: Any, dtype: Any) -> tuple[int, Any]:
+    """(B, dtype of the sums) of a state to be made."""
+    op = type(layer).__name__
+    given = layer.dtype or layer.param_dtype if dtype is None else dtype
+    dtype = shapes.widest(shapes.float_dtype(op, "dtype", given), jnp.float32)
+    return shapes.at_least(op, "batch_size", batch_size, 0), dtype
+
+
+def as_before(state: Any, cache: Any) -> Any:
+    """The state in the dtypes that the cache came in, so that loops can carry it."""
+    return jax.tree.map(lambda new, old: new.astype(old.dtype), state, cache)

@@ -85,7 +85,7 @@ class SoftmaxAttention(GroupedHeads):
         Args:
             batch_size: B.
             capacity: most tokens of a sequence; needed unless every head has a window, whose cache never fills.
-            dtype: of the keys and values kept; None for that of the computation, `dtype` or else `param_dtype`.
+            dtype: of the keys and values kept; None for the layer's `dtype`, or else `param_dtype`.
 
         Returns:
             A KVCache, or for a sliding window a RingCache, or for multi-scale attention a MultiScaleCache of both.
@@ -155,6 +155,10 @@ class SoftmaxAttention(GroupedHeads):
             **options,
         )
         return self.merge(out), None
+
+    def _check_stream(self, cache: Any, count: Any) -> None:
+        groups = cache.groups if isinstance(cache, MultiScaleCache) else (cache,)
+        cached_attention.check_room(type(self).__name__, list(groups), count)
 
     def _check_cached(self, segment_ids: Any, dropout_seed: Any) -> None:
         """ValueError for what a cache cannot serve."""

@@ -1,14 +1,16 @@
 """Streams: a long sequence through one layer chunk by chunk, so that it costs the memory of a chunk and a cache."""
 
+import inspect
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax import lax
 
-from evo_jax import shapes
+from evo_jax import padding, shapes
 
 
 class Streams(nnx.Module):
@@ -35,11 +37,11 @@ class Streams(nnx.Module):
             chunk_size: tokens of a chunk, at least 1; L need not be a multiple.
             cache: what the tokens before left; None: no tokens, in a cache with room for these.
             attention_mask: (B, L), (B, 1, L) or (B, 1, L, 1), 1 for a valid token.
-            position_embeddings: (cos, sin) of all the tokens, as the layer takes them.
+            position_embeddings: (cos, sin) of all the tokens, as the layer takes them; EvoAttention takes none.
             implementation: None, "triton", "reference" or "interpret".
 
         Raises:
-            ValueError: as the layer, or chunk_size below 1.
+            ValueError: as the layer, or chunk_size below 1. TypeError: as the layer.
 
         >>> import jax.numpy as jnp, evo_jax
         >>> from flax import nnx
@@ -55,14 +57,38 @@ class Streams(nnx.Module):
         size = shapes.at_least(op, "chunk_size", chunk_size, 1)
         batch, length, _ = x.shape
         extras: dict[str, Any] = {}
+        count = np.full(batch, length)
         if attention_mask is not None:
-            extras["attention_mask"] = jnp.asarray(shapes.token_mask(op, attention_mask, batch, length))
+            valid, wrong = padding.valid(op, attention_mask, batch, length)
+            count = valid.sum(axis=1)
+            extras["attention_mask"] = valid if wrong is None else shapes.token_mask(op, attention_mask, batch, length)
         if position_embeddings is not None:
-            extras["position_embeddings"] = tuple(jnp.asarray(table) for table in position_embeddings)
+            extras["position_embeddings"] = self._tables(position_embeddings, length)
         layer: Any = self
-        cache = layer.init_cache(batch, max(length, 1)) if cache is None else cache
+        if cache is None:
+            dtype = layer.dtype or shapes.widest(x.dtype, layer.param_dtype)
+            cache = layer.init_cache(batch, max(length, 1), dtype=dtype)
+        self._check_stream(cache, count)
         graph, state = nnx.split(self)
         return _run(graph, size, implementation, state, x, cache, extras)
+
+    def _check_stream(self, cache: Any, count: Any) -> None:
+        """ValueError where it is known that `count` (B,) tokens are too many for the cache."""
+
+    def _tables(self, position_embeddings: Any, length: int) -> tuple[jax.Array, jax.Array]:
+        """(cos, sin) of all tokens, of the right lengths: a slice of a table that is too short would not fail."""
+        op, layer = type(self).__name__, cast(Any, type(self))
+        if "position_embeddings" not in inspect.signature(layer.__call__).parameters:
+            raise TypeError(f"{op}: it takes no position_embeddings")
+        if not isinstance(position_embeddings, tuple | list) or len(position_embeddings) != 2:
+            raise ValueError(f"{op}: position_embeddings must be a pair (cos, sin)")
+        cos, sin = (shapes.float_array(op, "position_embeddings", table) for table in position_embeddings)
+        for table in (cos, sin):
+            if table.ndim < 2 or table.shape[0 if table.ndim == 2 else 1] != length:
+                raise ValueError(
+                    f"{op}: position_embeddings of shape {table.shape} are not those of all {length} tokens"
+                )
+        return cos, sin
 
 
 @partial(jax.jit, static_argnums=(0, 1, 2))

@@ -87,7 +87,7 @@ def _d_sinks(inputs: AttendInputs, lse: jax.Array, delta: jax.Array) -> jax.Arra
     if inputs.sinks is None:
         return None
     sinks = inputs.sinks.astype(jnp.float32)[None, :, None] * LOG2_E
-    alive = lse > -jnp.inf
+    alive = lse != -jnp.inf  # NaN lives, and spreads
     weights = jnp.where(alive, jnp.exp2(sinks - jnp.where(alive, lse, 0)), 0)
     return -(weights * delta).sum((0, 2)).astype(inputs.sinks.dtype)
 

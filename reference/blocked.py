@@ -76,7 +76,7 @@ def _heads(x: Any, first: int, last: int) -> Any:
 
 def _with_sinks(out: Array, lse: Array, sinks: Array) -> tuple[Array, Array]:
     """The same with a further score per head that has no value; rows that see nothing stay as they are."""
-    alive = lse > -jnp.inf
+    alive = lse != -jnp.inf  # NaN lives, and spreads
     before = jnp.where(alive, lse, 0)
     after = jnp.logaddexp(before, jnp.broadcast_to(sinks, lse.shape))
     factor = jnp.exp(before - after)

@@ -82,7 +82,7 @@ def _backward(plan: Plan, residuals: Any, cotangents: Any) -> Any:
     inputs, mask, seed, out, lse = residuals
     blocks, pull = jax.vjp(partial(_blocks, plan, mask), inputs)
     scene, heads = _scene(plan, mask, seed, blocks), blocks.key.shape[2]
-    alive = lse > -jnp.inf
+    alive = lse != -jnp.inf  # NaN lives, and spreads
     d_out, d_lse = (jnp.where(alive, x, 0) for x in (cotangents[0], cotangents[1][..., None]))
     delta = (d_out * out).sum(-1, keepdims=True) - d_lse
     # An infinite lse makes all weights of a row 0.

@@ -117,8 +117,10 @@ def test_a_full_cache_refuses_or_gives_nan_and_keeps_what_it_has(kind):
         np.testing.assert_array_equal(now.lengths, [6, 7])
     for before, now in zip(_all_tokens(after), _all_tokens(still), strict=True):
         np.testing.assert_array_equal(now.value[1], before.value[1])
-    kept, _ = step(rows(2, 5, 2)[:, :2], mask[:, :2], cache)
-    assert_close("rows that fit", out[:, :2], kept, 1e-6)
+    fitting = mask & ~lost
+    kept, expected = step(rows(2, 5, 2), fitting, cache)
+    assert_close("rows that fit", np.asarray(out)[fitting], np.asarray(kept)[fitting], 1e-6)
+    jax.tree.map(np.testing.assert_array_equal, after, expected)  # the rings of other heads too
 
 
 def _all_tokens(cache: Any) -> list[Any]:
@@ -258,6 +260,59 @@ def test_the_original_with_a_past(name, x64):
         assert_close(key, actual, wide[key], 1e-9)
 
 
+@pytest.mark.parametrize("kind", ["FlashAttention", "SparseAttention"])
+def test_masks_of_keys_come_on_top_of_causality_with_a_cache_too(kind):
+    layer, x = layer_of(kind), jnp.asarray(X)
+    seen = np.arange(L) < np.array([[20], [13], [3]])
+    expected = np.asarray(layer(x, attention_mask=seen[:, None, None])[0])
+    _, first = layer(x[:, :7], cache=layer.init_cache(B, CAPACITY), attention_mask=np.ones((1, 1, 1, 7), int))
+    for mask in (seen, seen.astype(int), np.where(seen, 0, -np.inf).astype(np.float32)):
+        out, cache = layer(x[:, 7:], cache=first, attention_mask=mask[:, None, None])
+        assert_close("keys", np.asarray(out)[seen[:, 7:]], expected[:, 7:][seen[:, 7:]], 2e-6)
+        assert cache.lengths.tolist() == [L] * B
+    pairs = np.tril(np.ones((1, 1, L, L), bool))[:, :, 7:]
+    assert_close("pairs", layer_of("FlashAttention")(x[:, 7:], cache=first, attention_mask=pairs)[0],
+                 layer_of("FlashAttention")(x[:, 7:], cache=first)[0], 2e-6)  # fmt: skip
+    alone, cache = layer(x[:, :1], cache=layer.init_cache(B, 3), attention_mask=np.zeros((B, 1, 1, 1), np.float32))
+    assert cache.lengths.tolist() == [1] * B
+    assert_close("first", alone, layer(x[:, :1])[0], 1e-6)
+
+
+@pytest.mark.parametrize("kind", ["FlashAttention", "SlidingWindowAttention", "LinearAttention", "EvoAttention"])
+def test_a_traced_mask_that_is_none_spoils_the_cache_too(kind):
+    step = jax.jit(lambda x, mask, cache: layer_of(kind)(x, attention_mask=mask, cache=cache))
+    mask = np.array([[1, 2, 1], [1, 1, 0], [1, 1, 1]], np.float32)
+    out, cache = step(X[:, :3], mask, layer_of(kind).init_cache(B, L))
+    first = np.asarray(out)[:, 1:]  # EvoAttention's running count is spoilt from the bad token on
+    for result in (first, step(X[:, 3:6], np.ones_like(mask), cache)[0]):
+        assert np.isnan(np.asarray(result)[0]).all() and np.isfinite(np.asarray(result)[1:]).all()
+
+
+@every_kind
+def test_only_sequences_that_there_are_are_taken(kind):
+    _, cache = layer_of(kind)(jnp.asarray(X), cache=layer_of(kind).init_cache(B, CAPACITY))
+    for indices, error in (([0, B], ValueError), ([[0]], ValueError), ([True, False], TypeError)):
+        with pytest.raises(error, match="take: indices"):
+            cache.take(np.array(indices))
+    run = jax.jit(lambda indices, cache: layer_of(kind)(X[:2, :1], cache=cache.take(indices))[0])
+    out = np.asarray(run(np.array([1, B]), cache))
+    assert np.isfinite(out[0]).all() and np.isnan(out[1]).all()
+
+
+@pytest.mark.parametrize("kind", ["LinearAttention", "EvoAttention", "SlidingWindowAttention"])
+def test_float64_streams_and_keeps_the_cache_of_any_dtype(kind, x64):
+    options = {key: value for key, value in KINDS[kind].items() if key != "sinks"}
+    layer = getattr(evo_jax, kind)(E, N, param_dtype=jnp.float64, rngs=nnx.Rngs(0), **options)
+    x = jnp.asarray(X, jnp.float64)
+    out = layer(x)
+    actual, cache = layer.stream(x, 7)
+    assert_close("out", actual, out if kind == "EvoAttention" else out[0], 1e-13)
+    narrow = layer.stream(x, 7, cache=layer.init_cache(B, dtype=jnp.float32))[1]
+    assert {a.dtype.name for a in jax.tree.leaves((cache, narrow))} == {"float64", "float32", "int32"} - (
+        {"int32"} if kind == "LinearAttention" else set()
+    )
+
+
 def test_what_a_cache_cannot_serve_is_an_error():
     x, flash, window = jnp.asarray(X), layer_of("FlashAttention"), layer_of("SlidingWindowAttention")
     cache = flash.init_cache(B, L)
@@ -278,5 +333,15 @@ def test_what_a_cache_cannot_serve_is_an_error():
         window(x, cache=window.init_cache(B), attention_mask=np.ones((1, 1, L, L), bool))
     with pytest.raises(ValueError, match="more keys than the cache's 20"):
         flash(x, cache=cache, attention_mask=np.ones((1, 1, L, L + 1), bool))
-    with pytest.raises(ValueError, match="chunk_size=0"):
-        flash.stream(x, 0)
+    short = evo_jax.rotary_embedding(jnp.arange(6), D)
+    for error, match, options in (
+        (ValueError, "chunk_size=0", {"chunk_size": 0}),
+        (ValueError, r"not those of all 20 tokens", {"position_embeddings": short}),
+        (ValueError, r"a pair \(cos, sin\)", {"position_embeddings": short[0]}),
+        (ValueError, "capacity is 8", {"cache": flash.init_cache(B, 8)}),
+        (ValueError, "attention_mask holds 2", {"attention_mask": np.full((B, L), 2)}),
+    ):
+        with pytest.raises(error, match=match):
+            flash.stream(x, **{"chunk_size": 4, **options})
+    with pytest.raises(TypeError, match="takes no position_embeddings"):
+        layer_of("EvoAttention").stream(x, 4, position_embeddings=short)

@@ -14,12 +14,18 @@ _FOLDER = "checkpoints"
 
 
 class Checkpoints:
-    """The checkpoints under `out`; a context manager, so that orbax's threads end with it."""
+    """The checkpoints under `out`; a context manager, so that orbax's threads end with it.
+
+    Raises:
+        DemoError: there are none and `fresh` is False.
+    """
 
     def __init__(self, out: Path, *, fresh: bool):
         self.folder = (out / _FOLDER).absolute()
         if fresh:
             shutil.rmtree(self.folder, ignore_errors=True)
+        elif not self.folder.is_dir():
+            raise DemoError(self._missing())
         options = ocp.CheckpointManagerOptions(max_to_keep=2, enable_async_checkpointing=False)
         self._manager = ocp.CheckpointManager(self.folder, options=options)
 
@@ -28,6 +34,9 @@ class Checkpoints:
 
     def __exit__(self, *_) -> None:
         self._manager.close()
+
+    def _missing(self) -> str:
+        return f"there is no checkpoint in {str(self.folder)!r}; a run of the demo (without --resume) makes them"
 
     def save(self, state: TrainState) -> None:
         """Keep `state` under its own step; nothing to do where that step is there already."""
@@ -43,7 +52,7 @@ class Checkpoints:
         """
         step = self._manager.latest_step()
         if step is None:
-            raise DemoError(f"there is no checkpoint in {str(self.folder)!r}; run the demo without --resume")
+            raise DemoError(self._missing())
         target = jax.tree.map(_on_device, like._asdict())
         return TrainState(**self._manager.restore(step, args=ocp.args.StandardRestore(target)))
 

@@ -138,9 +138,10 @@ class LanguageModel(nnx.Module):
 
     def init_cache(self, batch_size: int, capacity: int) -> ModelCache:
         """The cache before the first byte, with room for `capacity` of them in each sequence."""
-        rows = jnp.zeros((batch_size, SHIFTS - 1, self.width), self.dtype)
+        rows = lambda: jnp.zeros((batch_size, SHIFTS - 1, self.width), self.dtype)  # noqa: E731  arrays of their own
         attention = (block.attention.attention.init_cache(batch_size, capacity) for block in self.blocks)
-        return ModelCache(jnp.zeros(batch_size, jnp.int32), tuple(BlockCache(cache, rows, rows) for cache in attention))
+        blocks = tuple(BlockCache(cache, rows(), rows()) for cache in attention)
+        return ModelCache(jnp.zeros(batch_size, jnp.int32), blocks)
 
     @overload
     def __call__(self, tokens: jax.Array) -> jax.Array: ...

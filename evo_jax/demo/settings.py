@@ -87,4 +87,10 @@ def _read(folder: Path, flag: str, way_out: str) -> dict[str, Any]:
     path = folder / _FILE
     if not path.is_file():
         raise DemoError(f"{flag}: there is no run in {str(folder)!r} ({_FILE} is missing); {way_out}")
-    return json.loads(path.read_text())
+    try:
+        saved = json.loads(path.read_text())
+    except ValueError as error:
+        raise DemoError(f"{flag}: {str(path)!r} is no JSON: {error}") from None
+    if not isinstance(saved, dict) or set(saved) != set(Settings.names()):
+        raise DemoError(f"{flag}: {str(path)!r} does not hold the settings of a run: {', '.join(Settings.names())}")
+    return saved
