@@ -56,7 +56,7 @@ class _Setting:
     report: Report | None = None
 
 
-_context = jax.make_user_context(_Setting())
+context = jax.make_user_context(_Setting())
 
 
 @contextlib.contextmanager
@@ -77,8 +77,8 @@ def backend(name: str) -> Iterator[None]:
     ...     print(evo_jax.prefix_sum(jnp.arange(4)))
     [0 1 3 6]
     """
-    setting = _Setting(_known(name, _CONTEXT, "evo_jax.backend(name)"), _context.value.report)
-    with _context(setting):
+    setting = _Setting(_known(name, _CONTEXT, "evo_jax.backend(name)"), context.value.report)
+    with context(setting):
         yield
 
 
@@ -105,7 +105,7 @@ def explain(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Report:
         fn(*args, **kwargs)
 
     report = Report()
-    with _context(_Setting(_context.value.name, report)):
+    with context(_Setting(context.value.name, report)):
         jax.eval_shape(call, [leaves[i] for i in places])
     return report
 
@@ -125,7 +125,7 @@ def choose(op: str, implementation: str | None, refusal: Callable[[], str | None
     """
     wanted, source = _wanted(implementation)
     how, reason = _resolve(op, wanted, source, refusal)
-    report = _context.value.report
+    report = context.value.report
     if report is not None:
         name = "triton" if how == "platform" else how
         choice = Choice(op, tuple(tuple(a.shape) for a in arrays), str(arrays[0].dtype), name, reason)
@@ -146,7 +146,7 @@ def _wanted(implementation: str | None) -> tuple[str, str]:
     """(the choice in force, who made it): the argument, else the context, else the environment, else auto."""
     if implementation is not None:
         return _known(implementation, _ARGUMENT, "implementation"), f"implementation={implementation!r}"
-    if (name := _context.value.name) is not None:
+    if (name := context.value.name) is not None:
         return name, f"evo_jax.backend({name!r})"
     name = _known(os.environ.get("EVO_BACKEND") or "auto", _ENVIRONMENT, "EVO_BACKEND")
     return name, f"EVO_BACKEND={name}"

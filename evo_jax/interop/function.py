@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import torch
 from torch.autograd import forward_ad
 
-from evo_jax.backend import _context as _backend_context
+from evo_jax.backend import context as backend_context
 from evo_jax.interop.arrays import argument, exported
 
 _TWICE = (
@@ -244,14 +244,14 @@ def _settings() -> tuple[Any, ...]:
     return (
         jax.enable_x64.value,
         jax.default_matmul_precision.value,
-        _backend_context.value,
+        backend_context.value,
     )
 
 
 @contextlib.contextmanager
 def _entered(settings: tuple[Any, ...]):
     x64, precision, backend = settings
-    with jax.enable_x64(x64), jax.default_matmul_precision(precision), _backend_context(backend):
+    with jax.enable_x64(x64), jax.default_matmul_precision(precision), backend_context(backend):
         yield
 
 
