@@ -1,6 +1,5 @@
 """EvoAttention for torch: evo_attention, the module and its core, with the names and keys of the evo-attn package."""
 
-import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -11,7 +10,7 @@ from torch import Tensor, nn
 
 from evo_jax import evo, modules, shapes
 from evo_jax.interop.function import to_torch_function
-from evo_jax.interop.state_dict import EVO_NAMES, NamedAsTheOriginals, assembled
+from evo_jax.interop.state_dict import EVO_NAMES, NamedAsTheOriginals, Spec, assembled
 from reference.evo_params import EvoParams, EvoState
 
 _LINEAR = ("q_proj", "v_proj_local", "global_stat_gate_proj", "final_gate_proj")
@@ -115,6 +114,8 @@ class EvoAttention(NamedAsTheOriginals):
         self.head_dim = shapes.head_width("EvoAttention", embed_dim, num_heads, head_dim)
         self.embed_dim, self.num_heads = embed_dim, num_heads
         self.core = EvoAttentionCore(self.head_dim, bias=bias is not False, device=device, dtype=dtype)
+        sizes = {"embed_dim": embed_dim, "num_heads": num_heads, "out_proj": bool(out_proj)}
+        self.spec = Spec(modules.EvoAttention, tuple(sizes.items()))
         self.out_proj = nn.Linear(embed_dim, embed_dim, device=device, dtype=dtype) if out_proj else None
 
     def extra_repr(self) -> str:
@@ -155,9 +156,8 @@ class EvoAttention(NamedAsTheOriginals):
         weights = self.core.weights("core.")
         if self.out_proj is not None:
             weights |= {"out_proj.weight": self.out_proj.weight, "out_proj.bias": self.out_proj.bias}
-        given = _prepared({"attention_mask": attention_mask, "causal": causal, **options})
-        sizes = (self.embed_dim, self.num_heads, self.out_proj is not None)
-        return _module(*sizes)(weights, x, cache=cache, **given)
+        given = _prepared({"attention_mask": attention_mask, "causal": causal, "cache": cache, **options})
+        return _module(self.spec, weights, x, given)
 
 
 def _with_biases(weights: dict[str, Any]) -> dict[str, Any]:
@@ -182,15 +182,9 @@ def _core(weights: dict[str, Any], v: Any, query: Any, options: dict[str, Any]) 
     return evo.evo_attention(v, _evo_params(_with_biases(weights)), query=query, **options)
 
 
-@functools.cache
-def _module(embed_dim: int, num_heads: int, out_proj: bool) -> Any:
-    """The function of all EvoAttentions of these sizes, so that they share their traces."""
-    sizes = (("embed_dim", embed_dim), ("num_heads", num_heads), ("out_proj", out_proj))
-
-    def evo_attention_module(weights: dict[str, Any], x: Any, **options: Any) -> Any:
-        return assembled(modules.EvoAttention, sizes, _with_biases(weights))(x, **options)
-
-    return to_torch_function(evo_attention_module)
+@to_torch_function
+def _module(spec: Spec, weights: dict[str, Any], x: Any, options: dict[str, Any]) -> Any:
+    return assembled(spec, _with_biases(weights))(x, **options)
 
 
 def _prepared(options: dict[str, Any]) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from evo_jax.attention import DEFAULT_WINDOWS
 from evo_jax.interop.layers import (
@@ -18,6 +18,8 @@ from evo_jax.interop.state_dict import NamedAsTheOriginals
 
 class FactoryAttention(NamedAsTheOriginals):
     """A layer of the factory: `attention`, so that its keys begin with "attention." as the original's do."""
+
+    attention: TorchAttention
 
     def __init__(self, attention: TorchAttention):
         super().__init__()
@@ -119,7 +121,7 @@ class CUDA:
         num_kv_heads: int | None = None,
         head_dim: int | None = None,
         **options: Any,
-    ) -> nn.Module:
+    ) -> FactoryAttention:
         """The layer that `attn_type` names.
 
         Raises:

@@ -1,13 +1,11 @@
 """The five layers of the complexity package as torch.nn.Modules: their keys, signatures and growing caches."""
 
-import functools
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 import torch
-from flax import nnx
 from jax import lax
 from torch import Tensor
 from torch.nn import Linear, Parameter
@@ -16,7 +14,7 @@ from torch.nn.functional import pad
 from evo_jax import modules, shapes, softmax_modules
 from evo_jax.interop.evo import as_bool
 from evo_jax.interop.function import to_torch_function
-from evo_jax.interop.state_dict import FULL_HEADS, NamedAsTheOriginals, assembled, skeleton
+from evo_jax.interop.state_dict import FULL_HEADS, NamedAsTheOriginals, Spec, assembled, skeleton
 from reference.linear_maps import LinearState
 
 Pair = tuple[Tensor, Tensor]
@@ -40,6 +38,11 @@ class TorchAttention(NamedAsTheOriginals):
     """
 
     kind: ClassVar[Any]
+    q_proj: Linear
+    k_proj: Linear
+    v_proj: Linear
+    o_proj: Linear
+    num_kv_heads: int
 
     def __init__(
         self,
@@ -61,8 +64,8 @@ class TorchAttention(NamedAsTheOriginals):
         if strange := [name for name in ("rngs", "param_dtype") if name in options]:
             raise TypeError(f"{type(self).__name__} takes no {strange[0]}: torch draws its parameters, of `dtype`")
         values = {n: tuple(x) if isinstance(x, list) else x for n, x in {**sizes, **options}.items()}
-        self._options = tuple(sorted(values.items()))
-        layer = nnx.merge(*skeleton(self.kind, self._options))  # checks them all, and holds no array
+        self.spec = Spec(self.kind, tuple(sorted(values.items())))
+        layer = skeleton(self.spec)
         self.hidden_size, self.num_heads = layer.hidden_size, layer.num_heads
         self.num_kv_heads, self.head_dim = layer.num_kv_heads, layer.head_dim
         wide, narrow = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
@@ -74,7 +77,7 @@ class TorchAttention(NamedAsTheOriginals):
         self.sinks = Parameter(torch.zeros(self.num_heads, device=device, dtype=dtype)) if has_sinks else None
 
     def extra_repr(self) -> str:
-        return ", ".join(f"{name}={value}" for name, value in self._options if value is not None)
+        return ", ".join(f"{name}={value}" for name, value in self.spec.options if value is not None)
 
     def hints(self, state_dict: Mapping[str, Tensor]) -> list[str]:
         wide = self.num_heads * self.head_dim
@@ -133,12 +136,12 @@ class SoftmaxTwin(TorchAttention):
         given = self._masks(attention_mask, hidden_states, length + tokens)
         if past is not None:
             given |= _padded(past, given, length, tokens)
-        if self.training and dict[str, Any](self._options).get("dropout_rate"):
+        if self.training and dict[str, Any](self.spec.options).get("dropout_rate"):
             given["dropout_seed"] = torch.randint(2**31 - 1, (), dtype=torch.int32)
         if segment_ids is not None:
             given["segment_ids"] = segment_ids.to(torch.int32)
-        run = _softmax(self.kind, self._options)
-        out, new = run(
+        out, new = _softmax_attention(
+            self.spec,
             self.weights(),
             hidden_states,
             position_embeddings,
@@ -155,7 +158,7 @@ class SoftmaxTwin(TorchAttention):
     def _past(self, past: Pair, x: Tensor, segment_ids: Any) -> Pair:
         """The cache, checked."""
         op = type(self).__name__
-        if segment_ids is not None or not dict(self._options).get("is_causal", True):
+        if segment_ids is not None or not dict(self.spec.options).get("is_causal", True):
             raise ValueError(f"{op}: past_key_value needs is_causal=True and no segment_ids")
         key, value = past
         if key.shape != value.shape or (key.shape[0], *key.shape[2:]) != (x.shape[0], self.num_kv_heads, self.head_dim):
@@ -192,7 +195,7 @@ def token_mask(op: str, mask: Tensor, batch: int, total: int, cut: bool) -> Tens
     if tuple(mask.shape) not in ((batch, n := flat.shape[-1]), (batch, 1, n), (batch, 1, n, 1)) or n < total:
         raise ValueError(
             f"{op}: attention_mask.shape={tuple(mask.shape)} must be {shapes.MASK_SHAPES} with B={batch} and "
-            f"L={total}, the cached tokens among them"
+            f"L={total}, the cached tokens among them; a mask of pairs must have four axes, as mask[None, None] has"
         )
     if n > total and not cut:
         raise ValueError(f"{op}: attention_mask.shape={tuple(mask.shape)} has more than the L={total} tokens")
@@ -209,31 +212,28 @@ def _padded(past: Pair, given: dict[str, Tensor], length: int, tokens: int) -> d
     return widened | {"past": (key, value, start)}
 
 
-@functools.cache
-def _softmax(kind: Any, options: Any) -> Any:
-    """The function of all layers of one kind and one set of options, so that they share their traces."""
-
-    def softmax_attention(weights: Any, x: Any, rotary: Any, given: dict[str, Any], keep: bool, implementation: Any):
-        layer = assembled(kind, options, weights)
-        query, key, value = layer.project(x, rotary)
-        own = {name: given[name] for name in ("dropout_seed", "segment_ids") if name in given}
-        seen, chosen = ((key, value), {}) if "past" not in given else _joined(given, key, value)
-        chosen = {"is_causal": layer.is_causal, **own, **chosen, **_pairs(given, query)}
-        if "valid" in given and "past" not in given:
-            chosen["attention_mask"] = given["valid"]
-        out = layer.attend(
-            query,
-            *seen,
-            scale=layer.scale,
-            logits_soft_cap=layer.logits_soft_cap,
-            sinks=None if layer.sinks is None else layer.sinks[...],
-            dropout_rate=layer.dropout_rate,
-            implementation=implementation,
-            **chosen,
-        )
-        return layer.merge(out), (key, value) if keep else None
-
-    return to_torch_function(softmax_attention)
+@to_torch_function
+def _softmax_attention(
+    spec: Spec, weights: Any, x: Any, rotary: Any, given: dict[str, Any], keep: bool, implementation: Any
+):
+    layer = assembled(spec, weights)
+    query, key, value = layer.project(x, rotary)
+    own = {name: given[name] for name in ("dropout_seed", "segment_ids") if name in given}
+    seen, chosen = ((key, value), {}) if "past" not in given else _joined(given, key, value)
+    chosen = {"is_causal": layer.is_causal, **own, **chosen, **_pairs(given, query)}
+    if "valid" in given and "past" not in given:
+        chosen["attention_mask"] = given["valid"]
+    out = layer.attend(
+        query,
+        *seen,
+        scale=layer.scale,
+        logits_soft_cap=layer.logits_soft_cap,
+        sinks=None if layer.sinks is None else layer.sinks[...],
+        dropout_rate=layer.dropout_rate,
+        implementation=implementation,
+        **chosen,
+    )
+    return layer.merge(out), (key, value) if keep else None
 
 
 def _joined(given: dict[str, Any], key: jax.Array, value: jax.Array) -> tuple[tuple[jax.Array, ...], dict[str, Any]]:
@@ -331,24 +331,20 @@ class LinearAttention(TorchAttention):
         segment_ids = None if segment_ids is None else segment_ids.to(torch.int32)
         options = {"position_embeddings": position_embeddings, "segment_ids": segment_ids}
         options |= {"attention_mask": attention_mask, "implementation": implementation}
-        return _linear(self.kind, self._options)(
-            self.weights(), hidden_states, past_key_value, options, keep=bool(use_cache)
+        return _linear_attention(
+            self.spec, self.weights(), hidden_states, past_key_value, options, keep=bool(use_cache)
         )
 
 
-@functools.cache
-def _linear(kind: Any, options: Any) -> Any:
-    """The function of all linear layers with one set of options."""
-
-    def linear_attention(weights: Any, x: Any, past: Any, given: dict[str, Any], keep: bool):
-        layer = assembled(kind, options, weights)
-        group = layer.num_heads // layer.num_kv_heads
-        state = layer.init_cache(x.shape[0]) if keep else None
-        if past is not None:
-            state = LinearState(past[0][:, ::group], past[1][:, ::group, 0])
-        out, after = layer(x, cache=state, **given)
-        if not keep:
-            return out, None
-        return out, tuple(jnp.repeat(a, group, axis=1) for a in (after.kv, after.z[:, :, None]))
-
-    return to_torch_function(linear_attention)
+@to_torch_function
+def _linear_attention(spec: Spec, weights: Any, x: Any, past: Any, given: dict[str, Any], keep: bool):
+    layer = assembled(spec, weights)
+    group = layer.num_heads // layer.num_kv_heads
+    dtype = shapes.widest(jnp.float32, x.dtype, *(w.dtype for w in weights.values()))
+    state = layer.init_cache(x.shape[0], dtype=dtype) if keep else None
+    if past is not None:
+        state = LinearState(past[0][:, ::group], past[1][:, ::group, 0])
+    out, after = layer(x, cache=state, **given)
+    if not keep:
+        return out, None
+    return out, tuple(jnp.repeat(a, group, axis=1) for a in (after.kv, after.z[:, :, None]))

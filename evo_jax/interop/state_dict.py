@@ -2,6 +2,7 @@
 
 import functools
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -152,20 +153,31 @@ class NamedAsTheOriginals(torch.nn.Module):
         super()._load_from_state_dict(state_dict, prefix, *rest)
 
 
-def assembled(kind: type[Module], options: tuple[tuple[str, Any], ...], weights: Mapping[str, Any]) -> Module:
-    """The nnx module of these options with `weights`, by the originals' names, in any dtype; for use in a trace."""
-    graph, state = skeleton(kind, options)
-    module = nnx.merge(graph, jax.tree.map(lambda shape: shape, state))  # variables of this trace, not the kept ones
+@dataclass(frozen=True)
+class Spec:
+    """Which nnx module: one hashable value, so that layers of equal ones share their traces."""
+
+    kind: Any
+    options: tuple[tuple[str, Any], ...]
+
+
+def assembled(spec: Spec, weights: Mapping[str, Any]) -> Any:
+    """The nnx module of `spec` with `weights`, by the originals' names, in any dtype; for use in a trace."""
+    module = skeleton(spec)
     for name, (variable, transposed) in entries(module).items():
         variable.set_value(weights[name].T if transposed else weights[name])
     return module
 
 
+def skeleton(spec: Spec) -> Any:
+    """The nnx module of `spec`, which checks it all, with shapes for parameters."""
+    graph, state = _split(spec)
+    return nnx.merge(graph, jax.tree.map(lambda shape: shape, state))  # variables of this trace, not the kept ones
+
+
 @functools.cache
-def skeleton(kind: type[nnx.Module], options: tuple[tuple[str, Any], ...]) -> tuple[Any, Any]:
-    """(graphdef, state) of a module whose parameters are shapes alone."""
-    make: Any = kind
-    return nnx.split(nnx.eval_shape(lambda: make(**dict(options), rngs=nnx.Rngs(0))))
+def _split(spec: Spec) -> tuple[Any, Any]:
+    return nnx.split(nnx.eval_shape(lambda: spec.kind(**dict(spec.options), rngs=nnx.Rngs(0))))
 
 
 _PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
