@@ -13,16 +13,17 @@ CODE = re.findall(r"^```python\n(.*?)^```", README, flags=re.MULTILINE | re.DOTA
 NAMES = sorted(set(re.findall(r"`(?:with )?evo_jax\.([\w.]+)", README)))
 
 
-def test_example_runs_and_prints_what_its_comments_say(capsys):
-    assert CODE
-    for block in CODE:
-        exec(block, {})
-        # A comment after print(...) starts with the text that is printed.
-        promised = re.findall(r"^print\(.*\)  # (.*)$", block, flags=re.MULTILINE)
-        printed = capsys.readouterr().out.splitlines()
-        assert promised
-        for line, promise in zip(printed, promised, strict=True):
-            assert promise.startswith(line)
+@pytest.mark.parametrize("block", CODE, ids=range(len(CODE)))
+def test_example_runs_and_prints_what_its_comments_say(block, capsys):
+    if "import torch" in block:
+        pytest.importorskip("torch", reason="an example is for torch, which the newest lane leaves out")
+    exec(block, {})
+    # A comment after print(...) starts with the text that is printed.
+    promised = re.findall(r"^print\(.*\)  # (.*)$", block, flags=re.MULTILINE)
+    printed = capsys.readouterr().out.splitlines()
+    assert promised
+    for line, promise in zip(printed, promised, strict=True):
+        assert promise.startswith(line)
 
 
 @pytest.mark.parametrize("name", NAMES)
