@@ -1,5 +1,7 @@
 """state_dicts of the originals in and out of nnx modules: the recorded layers, round trips, prefixes, files, errors."""
 
+import doctest
+import importlib
 import sys
 from typing import Any
 
@@ -223,3 +225,9 @@ def test_one_error_names_all_that_is_wrong_and_nothing_is_set():
 def test_what_does_not_fit_says_what_does(load_it, error, message):
     with pytest.raises(error, match=message):
         load_it(to_torch_state_dict(made("LinearAttention")))
+
+
+@pytest.mark.parametrize("module", ["state_dict", "evo", "layers", "factory"])
+def test_doctests(module):
+    result = doctest.testmod(importlib.import_module(f"evo_jax.interop.{module}"))
+    assert result.attempted and not result.failed

@@ -31,7 +31,7 @@ def evo_attention(v: Tensor, params: EvoParams | Mapping[str, Tensor] | nn.Modul
         ValueError, TypeError: whatever evo_jax.evo_attention raises; names that are missing from `params`.
 
     >>> import torch
-    >>> from evo_jax.interop.evo import EvoAttention, evo_attention
+    >>> from evo_jax.interop import EvoAttention, evo_attention
     >>> v = torch.randn(2, 4, 10, 16, requires_grad=True)
     >>> evo_attention(v, EvoAttention(64, 4), causal=True).sum().backward()
     >>> v.grad.shape
@@ -93,7 +93,7 @@ class EvoAttention(NamedAsTheOriginals):
         ValueError: num_heads * head_dim is not embed_dim.
 
     >>> import torch
-    >>> from evo_jax.interop.evo import EvoAttention
+    >>> from evo_jax.interop import EvoAttention
     >>> layer = EvoAttention(embed_dim=64, num_heads=4)
     >>> layer(torch.randn(2, 10, 64), causal=True).shape, sorted(layer.state_dict())[0]
     (torch.Size([2, 10, 64]), 'core.final_gate_proj.bias')

@@ -40,7 +40,7 @@ class CUDA:
     num_kv_heads, head_dim, device, dtype and the further keyword arguments of its layer; an unknown one is a TypeError.
 
     >>> import torch
-    >>> from evo_jax.interop.factory import CUDA
+    >>> from evo_jax.interop import CUDA
     >>> layer = CUDA.create(attn_type="sliding_window", hidden_size=64, num_heads=4, window_size=8)
     >>> layer(torch.randn(2, 10, 64))[0].shape, sorted(layer.state_dict())[0]
     (torch.Size([2, 10, 64]), 'attention.k_proj.weight')

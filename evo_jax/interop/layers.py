@@ -137,7 +137,7 @@ class SoftmaxTwin(TorchAttention):
         if past is not None:
             given |= _padded(past, given, length, tokens)
         if self.training and dict[str, Any](self.spec.options).get("dropout_rate"):
-            given["dropout_seed"] = torch.randint(2**31 - 1, (), dtype=torch.int32)
+            given["dropout_seed"] = torch.randint(2**31 - 1, (), dtype=torch.int32, device=hidden_states.device)
         if segment_ids is not None:
             given["segment_ids"] = segment_ids.to(torch.int32)
         out, new = _softmax_attention(
@@ -266,7 +266,7 @@ class FlashAttention(SoftmaxTwin):
     """Torch twin of evo_jax.FlashAttention, under the original's keys; gives (output, cache).
 
     >>> import torch
-    >>> from evo_jax.interop.layers import FlashAttention
+    >>> from evo_jax.interop import FlashAttention
     >>> layer = FlashAttention(hidden_size=64, num_heads=4, num_kv_heads=2)
     >>> out, cache = layer(torch.randn(2, 10, 64), use_cache=True)
     >>> out, cache = layer(torch.randn(2, 1, 64), past_key_value=cache, use_cache=True)

@@ -59,7 +59,7 @@ def load_torch_state_dict(module: Module, state_dict: Mapping[str, Any] | str | 
 
     >>> import jax.numpy as jnp, torch, evo_jax
     >>> from flax import nnx
-    >>> from evo_jax.interop.state_dict import load_torch_state_dict
+    >>> from evo_jax.interop import load_torch_state_dict
     >>> layer = evo_jax.FlashAttention(hidden_size=8, num_heads=2, rngs=nnx.Rngs(0))
     >>> eye = {f"attention.{name}_proj.weight": torch.eye(8) for name in "qkvo"}
     >>> load_torch_state_dict(layer, eye)(jnp.ones((1, 3, 8)))[0].tolist() == [[[1.0] * 8] * 3]
@@ -88,7 +88,7 @@ def to_torch_state_dict(module: nnx.Module, prefix: str = "") -> dict[str, torch
 
     >>> import evo_jax
     >>> from flax import nnx
-    >>> from evo_jax.interop.state_dict import to_torch_state_dict
+    >>> from evo_jax.interop import to_torch_state_dict
     >>> layer = evo_jax.FlashAttention(hidden_size=8, num_heads=2, num_kv_heads=1, rngs=nnx.Rngs(0))
     >>> to_torch_state_dict(layer, "attention.")["attention.k_proj.weight"].shape
     torch.Size([4, 8])
