@@ -1,5 +1,6 @@
 """What every test shares: the platform, strict dtype promotion, the `gpu` marker, float64 and the golden cases."""
 
+import gc
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -23,6 +24,14 @@ def pytest_configure(config: pytest.Config) -> None:
     import jax
 
     jax.config.update("jax_numpy_dtype_promotion", "strict")
+    gc.disable()  # a tenth of the time: traces are cyclic garbage by the million; `collected` sees to it instead
+
+
+@pytest.fixture(autouse=True, scope="module")
+def collected() -> Iterator[None]:
+    """Garbage goes after every module of tests."""
+    yield
+    gc.collect()
 
 
 def quick_environment() -> dict[str, str]:
@@ -30,6 +39,7 @@ def quick_environment() -> dict[str, str]:
     import jax
 
     quickly = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+    quickly += " --xla_cpu_parallel_codegen_split_count=1"  # tests already keep all cores busy
     if jax.__version_info__ < (0, 11):  # later compilers have no such option
         quickly += " --xla_cpu_use_fusion_emitters=false"
     return os.environ | {"XLA_FLAGS": f"{quickly} {os.environ.get('XLA_FLAGS', '')}"}
