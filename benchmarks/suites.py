@@ -42,7 +42,7 @@ def cpu(options: Options) -> Iterator[dict[str, Any]]:
         yield _memory(shape, "reference")
     yield from _cpu_layers(options)
     yield from _cpu_ops(options)
-    for kind in filter(options.wants, generation.KINDS):
+    for kind in generation.KINDS if options.wants("generate") else ():
         yield generation.row(kind, min(4096, options.longest), max(options.rounds // 3, 1))
     for shape in _within(shapes.CPU_LENGTHS, options):
         for op, contender in _BY_LENGTH.items():
@@ -159,7 +159,7 @@ _BY_LENGTH: dict[str, Any] = {
     "sliding_window layer": partial(layers.jax_layer, "sliding_window"),
 }
 SUITES = {"cpu": cpu, "gpu": gpu}
-OPS = ("evo", "prefix_sum", *layers.KINDS, "flash", "decode")
+OPS = ("evo", "prefix_sum", *layers.KINDS, "flash", "generate", "decode")
 
 
 def _prefix_sum(implementation: str) -> Any:

@@ -33,7 +33,6 @@ class EvoCase:
 
 
 LENGTHS = (0, 1, 2, 63, 64, 65, 100, 257)
-WIDTHS = (1, 7, 12, 16, 64, 80, 128)
 
 EVO_CASES: tuple[EvoCase, ...] = (
     # Every length and every width, then every option on a ragged length.
@@ -106,8 +105,11 @@ class LinearCase:
 
 LINEAR_CASES: tuple[LinearCase, ...] = (
     # Every length with a state and every width, then every option on a ragged length.
-    *(LinearCase(length, 16, state=True) for length in LENGTHS),
-    *(LinearCase(100, width) for width in (*WIDTHS, 256)),
+    *(
+        LinearCase(length, width, state=length < 100)
+        for length, width in zip(LENGTHS, (16, 16, 12, 7, 16, 1, 64, 16), strict=True)
+    ),
+    *(LinearCase(100, width) for width in (16, 80, 128, 256)),
     LinearCase(100, 16, value_width=48, heads=(4, 2), state=True),
     LinearCase(65, 80, value_width=24, heads=(4, 1), feature_map="softmax"),
     LinearCase(65, 1, value_width=7, state=True),

@@ -53,11 +53,13 @@ def test_cpu_suite_writes_a_report(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(timing, "SAMPLE", 0)
     pytest.importorskip("torch", reason="the peer is torch, which the newest lane leaves out (gigabytes of CUDA)")
     out = tmp_path / "cpu.json"
-    assert main(["--longest", "512", "--rounds", "2", "--op", "evo", "--op", "linear", "--out", str(out)]) == 0
+    ops = [part for op in ("evo", "generate") for part in ("--op", op)]
+    assert main(["--longest", "512", "--rounds", "2", *ops, "--out", str(out)]) == 0
     report = json.loads(out.read_text())
     cases = {row["case"]: row for row in report["rows"]}
     gradients = cases["evo forward+backward B1 H8 L512 D64 float32"]
     assert gradients["errors"].keys() >= {"out", "v", "gate_kernel"}
     assert all(len(times) == 2 for times in gradients["samples_s"].values())
+    assert cases["generate 256 tokens, flash"]["ns_per_token"] > 0
     assert report["environment"]["versions"]["jax"] and report["gate_failure"] is None
     assert "torch" in capsys.readouterr().out

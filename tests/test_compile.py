@@ -13,7 +13,7 @@ from benchmarks.compile_configs import CONFIGS
 from benchmarks.compile_report import compile_for, dot_precisions, main, missing_wheels, ttir, unsafe
 from evo_jax import EvoParams
 
-ALL_WIDTHS = (1, 7, 16, 24, 32, 48, 64, 80, 100, 128, 256)
+ALL_WIDTHS = (1, 7, 16, 32, 48, 64, 80, 100, 256)
 LENGTH = 1000  # not a multiple of any chunk
 
 
@@ -21,10 +21,11 @@ LENGTH = 1000  # not a multiple of any chunk
 def test_every_configuration_compiles_within_its_budgets(tmp_path, capsys):
     """No spills, shared memory and temporary memory within limits, no atomics: the last is what makes reruns equal."""
     rows = []
-    # Each lane of CI compiles half of the matrix: the 16-bit cases for one GPU, those in float32 for the other. The
-    # command without --match compiles all for both.
+    # The lanes of CI share the matrix: the base lane, which is to be quick, takes the 16-bit cases for one GPU, and the
+    # newest lane the rest. The command without --match compiles all for both.
     older = jax.__version_info__ < (0, 11)
-    for target, match in (("h100", "float16" if older else "float32"), ("a100", "float32" if older else "float16")):
+    rest = (("h100", "float32"), ("a100", "float16"), ("a100", "float32"))
+    for target, match in (("h100", "float16"),) if older else rest:
         results = tmp_path / f"{target}.json"
         status = main(["--target", target, "--match", match, "--json", str(results)])
         assert status == 0, capsys.readouterr().out
@@ -61,7 +62,7 @@ def _gradient(width, dtype, **options):
     return both, (v, v, params, valid, v)
 
 
-@pytest.mark.parametrize("width, causal", [*((w, True) for w in ALL_WIDTHS), *((w, False) for w in (1, 24, 80, 256))])
+@pytest.mark.parametrize("width, causal", [*((w, True) for w in ALL_WIDTHS), *((w, False) for w in (1, 24, 256))])
 def test_no_evo_access_can_leave_its_array(width, causal):
     """Lowered only; the audit follows every offset, and flags atomics too."""
     fn, args = _gradient(width, "float32", causal=causal)
