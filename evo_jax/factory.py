@@ -92,9 +92,9 @@ class CUDA:
             ValueError: another name than "flash", "flash_attention", "sliding_window", "local", "sparse",
                 "block_sparse", "linear", "linear_attention" or "multiscale", and whatever the layer raises.
         """
-        if attn_type not in _TYPES:
-            raise ValueError(f"CUDA.create: {attn_type=} must be one of {', '.join(map(repr, _TYPES))}")
-        make = cast(Callable[..., nnx.Module], getattr(CUDA, _TYPES[attn_type]))
+        if attn_type not in TYPES:
+            raise ValueError(f"CUDA.create: {attn_type=} must be one of {', '.join(map(repr, TYPES))}")
+        make = cast(Callable[..., nnx.Module], getattr(CUDA, TYPES[attn_type]))
         return make(hidden_size, num_heads, **options)
 
 
@@ -118,7 +118,7 @@ def _keywords(kind: Callable[..., Any]) -> set[str]:
     return named.union(shared)
 
 
-_TYPES = {
+TYPES = {  # from a type's name to the method that makes it
     "flash": "flash",
     "flash_attention": "flash",
     "sliding_window": "sliding_window",

@@ -5,6 +5,7 @@ from typing import Any
 from torch import Tensor
 
 from evo_jax.attention import DEFAULT_WINDOWS
+from evo_jax.factory import TYPES
 from evo_jax.interop.layers import (
     FlashAttention,
     LinearAttention,
@@ -128,21 +129,10 @@ class CUDA:
             ValueError: another name than "flash", "flash_attention", "sliding_window", "local", "sparse",
                 "block_sparse", "linear", "linear_attention" or "multiscale", and whatever the layer raises.
         """
-        if attn_type not in _TYPES:
-            raise ValueError(f"CUDA.create: {attn_type=} must be one of {', '.join(map(repr, _TYPES))}")
-        make = getattr(cls, _TYPES[attn_type])
+        if attn_type not in TYPES:
+            raise ValueError(f"CUDA.create: {attn_type=} must be one of {', '.join(map(repr, TYPES))}")
+        make = getattr(cls, TYPES[attn_type])
         return make(hidden_size, num_heads, num_kv_heads=num_kv_heads, head_dim=head_dim, **options)
 
 
-_TYPES = {
-    "flash": "flash",
-    "flash_attention": "flash",
-    "sliding_window": "sliding_window",
-    "local": "local",
-    "sparse": "sparse",
-    "block_sparse": "sparse",
-    "linear": "linear",
-    "linear_attention": "linear",
-    "multiscale": "multiscale",
-}
 Triton = CUDA
