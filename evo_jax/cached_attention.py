@@ -139,7 +139,8 @@ def _masks(
         raise TypeError(f"{op}: attention_mask {mask.shape} of {mask.dtype.name}, of pairs, must be bool or float")
     shapes.broadcastable(op, "attention_mask", mask, (batch, heads, tokens, max(mask.shape[3], 1)))
     hidden = jnp.asarray(-jnp.inf if floating else False, mask.dtype)
-    full = jnp.pad(mask, [(0, 0)] * 3 + [(0, capacity - mask.shape[3])], constant_values=hidden)
+    missing = 0 if mask.shape[3] == 1 else capacity - mask.shape[3]  # one column stands for all keys, as elsewhere
+    full = jnp.pad(mask, [(0, 0)] * 3 + [(0, missing)], constant_values=hidden)
     causal = {} if mask.shape[2] == 1 else {"is_causal": False}  # as without a cache: one of keys comes on top of it
     return None, bad, {"bias" if floating else "mask": full, **causal}
 

@@ -273,6 +273,9 @@ def test_masks_of_keys_come_on_top_of_causality_with_a_cache_too(kind):
     pairs = np.tril(np.ones((1, 1, L, L), bool))[:, :, 7:]
     assert_close("pairs", layer_of("FlashAttention")(x[:, 7:], cache=first, attention_mask=pairs)[0],
                  layer_of("FlashAttention")(x[:, 7:], cache=first)[0], 2e-6)  # fmt: skip
+    column = np.zeros((1, N, 7, 1), np.float32)  # for all keys alike; it takes the place of causality
+    expected = layer(x[:, :7], attention_mask=column)[0]
+    assert_close("column", layer(x[:, :7], cache=layer.init_cache(B, 7), attention_mask=column)[0], expected, 2e-6)
     alone, cache = layer(x[:, :1], cache=layer.init_cache(B, 3), attention_mask=np.zeros((B, 1, 1, 1), np.float32))
     assert cache.lengths.tolist() == [1] * B
     assert_close("first", alone, layer(x[:, :1])[0], 1e-6)

@@ -179,7 +179,6 @@ def test_names_without_core_numpy_arrays_and_other_dtypes():
 
 
 def test_safetensors_files(tmp_path):
-    pytest.importorskip("safetensors", reason="safetensors is not installed")
     first, second = (made("EvoAttention", seed, param_dtype=jnp.bfloat16) for seed in (0, 1))
     for path in (tmp_path / "a.safetensors", str(tmp_path / "b.safetensors")):
         save_torch_state_dict(first, path, prefix="model.")
