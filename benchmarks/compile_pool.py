@@ -3,7 +3,7 @@
 import multiprocessing
 import queue
 import threading
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
 from multiprocessing.connection import Connection
 from typing import Any, TypeVar
 
@@ -11,14 +11,37 @@ Key = TypeVar("Key", bound=Hashable)
 _SPAWN = multiprocessing.get_context("spawn")
 
 
-def run_in_pool(tasks: dict[Key, tuple[Any, ...]], jobs: int, limit: float) -> dict[Key, dict[str, Any]]:
-    """{key: compile_case(*arguments)}, in the order of `tasks`; a lost worker gives {"failures": [why]}."""
+def run_in_pool(
+    function: Callable[..., dict[str, Any]],
+    tasks: dict[Key, tuple[Any, ...]],
+    jobs: int,
+    limit: float,
+    finished: Callable[[Key], None] = lambda key: None,
+) -> dict[Key, dict[str, Any]]:
+    """{key: function(*arguments)}, in the order of `tasks`; a lost worker gives {"failures": [why]}.
+
+    Args:
+        function: of a module, so that it can be pickled; a task runs alone in its process for `limit` seconds at most.
+        finished: called with the key of each task that is done, from the thread of its worker.
+    """
     waiting: queue.SimpleQueue[Key] = queue.SimpleQueue()
     for key in tasks:
         waiting.put(key)
     done: dict[Key, dict[str, Any]] = {}
-    arguments = (waiting, tasks, done, limit)
-    threads = [threading.Thread(target=_drain, args=arguments) for _ in range(min(jobs, len(tasks)))]
+
+    def drain() -> None:
+        worker = _Worker(function)
+        try:
+            while True:
+                key = waiting.get_nowait()
+                done[key] = worker.call(tasks[key], limit)
+                finished(key)
+                if not worker.process.is_alive():
+                    worker = _Worker(function)
+        except queue.Empty:
+            worker.stop()
+
+    threads = [threading.Thread(target=drain, daemon=True) for _ in range(min(jobs, len(tasks)))]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -26,25 +49,12 @@ def run_in_pool(tasks: dict[Key, tuple[Any, ...]], jobs: int, limit: float) -> d
     return {key: done[key] for key in tasks}
 
 
-def _drain(waiting: Any, tasks: dict[Any, tuple[Any, ...]], done: dict[Any, dict[str, Any]], limit: float) -> None:
-    """Feed one worker until nothing waits, and start another whenever it is lost."""
-    worker = _Worker()
-    try:
-        while True:
-            key = waiting.get_nowait()
-            done[key] = worker.call(tasks[key], limit)
-            if not worker.process.is_alive():
-                worker = _Worker()
-    except queue.Empty:
-        worker.stop()
-
-
 class _Worker:
     """One process and the pipe to it."""
 
-    def __init__(self) -> None:
+    def __init__(self, function: Callable[..., dict[str, Any]]) -> None:
         self.pipe, remote = _SPAWN.Pipe()
-        self.process = _SPAWN.Process(target=_serve, args=(remote,), daemon=True)
+        self.process = _SPAWN.Process(target=_serve, args=(remote, function), daemon=True)
         self.process.start()
         remote.close()
 
@@ -64,8 +74,6 @@ class _Worker:
         self.process.join()
 
 
-def _serve(pipe: Connection) -> None:
-    from benchmarks.compile_report import compile_case  # here: this module is imported by that one
-
+def _serve(pipe: Connection, function: Callable[..., dict[str, Any]]) -> None:
     while True:
-        pipe.send(compile_case(*pipe.recv()))
+        pipe.send(function(*pipe.recv()))

@@ -202,7 +202,7 @@ def main(argv: list[str] | None = None) -> int:
     if not tasks:
         print("nothing to compile", file=sys.stderr)
         return 2
-    results = run_in_pool(tasks, options.jobs, options.limit)
+    results = run_in_pool(compile_case, tasks, options.jobs, options.limit)
     print(_table(results))
     failures = [f"{label} on {target}: {text}" for (label, target), r in results.items() for text in r["failures"]]
     print("\n".join([*(f"FAILED {line}" for line in failures), f"{len(tasks)} compilations, {len(failures)} failures"]))
