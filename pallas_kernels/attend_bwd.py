@@ -16,7 +16,7 @@ from jax import lax
 
 from pallas_kernels import _pallas as plk
 from pallas_kernels import tile as t
-from pallas_kernels.attend_fwd import Plan, query_tile, refs_of
+from pallas_kernels.attend_fwd import Plan, query_tile, refs_of, tiling_of
 from pallas_kernels.dots import Dots
 from pallas_kernels.tile import Refs, Task
 from reference.dense import AttendInputs
@@ -48,18 +48,20 @@ def backward(
 
 def _d_query(inputs: AttendInputs, extra: Refs, plan: Plan) -> jax.Array:
     batch, _, heads, _ = inputs.query.shape
-    tiling = plan.tiling("d_query", inputs)
+    launch = plan.launch("d_query", inputs)
+    tiling = tiling_of(inputs, launch)
     visits = key_visits(inputs.mask, tiling)
-    task = plan.task("d_query", inputs, visits, (heads, batch))
+    task = plan.task("d_query", inputs, visits, (heads, batch), launch)
     refs = _with(refs_of(inputs, visits), extra)
     return t.run(_d_query_kernel, task, refs, Refs(query=_like(inputs.query)), tiling.q_tiles).query
 
 
 def _d_key_value(inputs: AttendInputs, extra: Refs, plan: Plan) -> tuple[jax.Array, jax.Array]:
     batch, _, kv_heads, _ = inputs.key.shape
-    tiling = plan.tiling("d_key_value", inputs)
+    launch = plan.launch("d_key_value", inputs)
+    tiling = tiling_of(inputs, launch)
     visits = query_visits(inputs.mask, tiling)
-    task = plan.task("d_key_value", inputs, visits, (kv_heads, batch))
+    task = plan.task("d_key_value", inputs, visits, (kv_heads, batch), launch)
     types = Refs(key=_like(inputs.key), value=_like(inputs.value))
     outs = t.run(_d_key_value_kernel, task, _with(refs_of(inputs, visits), extra), types, tiling.k_tiles)
     return outs.key, outs.value
@@ -71,10 +73,11 @@ def _d_bias(inputs: AttendInputs, extra: Refs, plan: Plan) -> jax.Array | None:
     if bias is None:
         return None
     batch, heads, queries, keys = bias.shape
-    tiling = plan.tiling("d_bias", inputs)
+    launch = plan.launch("d_bias", inputs)
+    tiling = tiling_of(inputs, launch)
     by_key = keys > 1 and queries == 1
     visits = (query_visits if by_key else key_visits)(inputs.mask, tiling)
-    task = plan.task("d_bias", inputs, visits, (heads, batch))
+    task = plan.task("d_bias", inputs, visits, (heads, batch), launch)
     shape = bias.shape if keys > 1 else (batch, heads, tiling.queries, 1)
     tiles = tiling.k_tiles if by_key else tiling.q_tiles * (tiling.k_tiles if keys > 1 else 1)
     types = Refs(bias=jax.ShapeDtypeStruct(shape, jnp.float32 if shape != bias.shape else bias.dtype))

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 
 from pallas_kernels import _pallas as plk
 from pallas_kernels import tile as t
+from pallas_kernels import tuned
 from pallas_kernels.dots import Dots
 from pallas_kernels.launch import AttendLaunch, attend_launch
 from pallas_kernels.tile import Refs, Task
@@ -33,29 +34,46 @@ class Plan:
         return Dots.of({jnp.dtype(x.dtype).name for x in inputs[:3]}, self.interpret, bounded)
 
     def launch(self, kind: str, inputs: AttendInputs) -> AttendLaunch:
-        own = {name: getattr(self, name) for name in ("block_q", "block_k", "num_warps", "num_stages")}
-        width = max(inputs.key.shape[3], inputs.value.shape[3])
+        width, precision = max(inputs.key.shape[3], inputs.value.shape[3]), self.dots(inputs).precision
         plain = inputs.bias is None and self.spec.soft_cap is None and not self.spec.dropout_rate
-        return attend_launch(kind, width, self.dots(inputs).precision, interpret=self.interpret, plain=plain, **own)
+        default = attend_launch(kind, width, precision, interpret=self.interpret, plain=plain)
+        return tuned.choose(self.key(f"attend_{kind}", inputs), default, self.own)
 
-    def tiling(self, kind: str, inputs: AttendInputs) -> Tiling:
-        (batch, queries, heads, _), (keys, kv_heads) = inputs.query.shape, inputs.key.shape[1:3]
-        launch = self.launch(kind, inputs)
-        return Tiling(batch, heads, kv_heads, queries, keys, launch.block_q, launch.block_k)
+    def key(self, kernel: str, inputs: AttendInputs) -> tuned.Key:
+        """By which a launch of `kernel` is looked up."""
+        pattern = inputs.mask.pattern
+        seen = "sparse" if pattern.scattered else "window" if pattern.banded else "causal" if pattern.causal else "full"
+        narrowed = [inputs.bias, self.spec.soft_cap, self.spec.dropout_rate or None]
+        mask = seen + "+scores" * any(x is not None for x in narrowed)
+        width, length = max(inputs.key.shape[3], inputs.value.shape[3]), max(inputs.query.shape[1], inputs.key.shape[1])
+        return tuned.Key.of(kernel, self.dots(inputs).precision, width, length, mask)
 
-    def task(self, kind: str, inputs: AttendInputs, visits: Visits, programs: tuple[int, int]) -> Task:
+    @property
+    def own(self) -> dict[str, int | None]:
+        """What the caller chose."""
+        return {name: getattr(self, name) for name in ("block_q", "block_k", "num_warps", "num_stages")}
+
+    def task(
+        self, kind: str, inputs: AttendInputs, visits: Visits, programs: tuple[int, int], launch: AttendLaunch
+    ) -> Task:
         return Task(
             name=f"attend_{kind}",
             spec=self.spec,
             pattern=inputs.mask.pattern,
-            tiling=self.tiling(kind, inputs),
+            tiling=tiling_of(inputs, launch),
             widths=(inputs.key.shape[3], inputs.value.shape[3]),
             programs=programs,
             loops=t.loops_of(visits, inputs.mask),
-            launch=self.launch(kind, inputs),
+            launch=launch,
             dots=self.dots(inputs),
             wide_dots=self.dots(inputs, bounded=False),
         )
+
+
+def tiling_of(inputs: AttendInputs, launch: AttendLaunch) -> Tiling:
+    """Queries and keys in the tiles of `launch`."""
+    (batch, queries, heads, _), (keys, kv_heads) = inputs.query.shape, inputs.key.shape[1:3]
+    return Tiling(batch, heads, kv_heads, queries, keys, launch.block_q, launch.block_k)
 
 
 def refs_of(inputs: AttendInputs, visits: Visits) -> Refs:
@@ -84,9 +102,10 @@ def refs_of(inputs: AttendInputs, visits: Visits) -> Refs:
 def forward(inputs: AttendInputs, plan: Plan) -> tuple[jax.Array, jax.Array]:
     """(out (B, T, N, V), lse (B, N, T) in base 2)."""
     (batch, queries, heads, _), width = inputs.query.shape, inputs.value.shape[3]
-    tiling = plan.tiling("forward", inputs)
+    launch = plan.launch("forward", inputs)
+    tiling = tiling_of(inputs, launch)
     visits = key_visits(inputs.mask, tiling)
-    task = plan.task("forward", inputs, visits, (heads, batch))
+    task = plan.task("forward", inputs, visits, (heads, batch), launch)
     types = Refs(
         out=jax.ShapeDtypeStruct((batch, queries, heads, width), inputs.query.dtype),
         lse=jax.ShapeDtypeStruct((batch, heads, queries), jnp.float32),

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 
 from pallas_kernels import _pallas as plk
 from pallas_kernels import tile as t
+from pallas_kernels import tuned
 from pallas_kernels.attend_fwd import Plan, refs_of
 from pallas_kernels.decode_visits import most_far, seek, sought
 from pallas_kernels.launch import AttendLaunch, decode_launch, decode_rows, decode_splits
@@ -54,10 +55,11 @@ def _width(inputs: AttendInputs) -> int:
     return max(inputs.key.shape[3], inputs.value.shape[3])
 
 
-def _launch(inputs: AttendInputs, plan: Plan) -> AttendLaunch:
-    own = {name: getattr(plan, name) for name in ("block_k", "num_warps", "num_stages")}
-    precision = plan.dots(inputs).precision
-    return decode_launch(_width(inputs), precision, _rows(inputs), interpret=plan.interpret, **own)
+def _launch(inputs: AttendInputs, plan: Plan, record: bool = False) -> AttendLaunch:
+    own, precision = {**plan.own, "block_q": None}, plan.dots(inputs).precision
+    default = decode_launch(_width(inputs), precision, _rows(inputs), interpret=plan.interpret)
+    key = plan.key("attend_decode", inputs)
+    return tuned.choose(replace(key, mask=f"{key.mask}+rows{default.block_q}"), default, own, record=record)
 
 
 def _splits(inputs: AttendInputs, plan: Plan) -> int:
@@ -81,10 +83,10 @@ def _token_tiling(inputs: AttendInputs, plan: Plan) -> Tiling:
 
 
 def _task(inputs: AttendInputs, visits: Visits, plan: Plan) -> Task:
-    launch, group, tiling = _launch(inputs, plan), _group(inputs), _token_tiling(inputs, plan)
+    launch, group, tiling = _launch(inputs, plan, record=True), _group(inputs), _token_tiling(inputs, plan)
     tiling = replace(tiling, queries=tiling.queries * group, block_q=launch.block_q)
-    task = plan.task("forward", inputs, visits, (tiling.heads, tiling.batch))
-    return replace(task, name="attend_decode", tiling=tiling, launch=launch, group=group)
+    task = plan.task("decode", inputs, visits, (tiling.heads, tiling.batch), launch)
+    return replace(task, tiling=tiling, group=group)
 
 
 def _packed(inputs: AttendInputs) -> AttendInputs:

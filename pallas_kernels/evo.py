@@ -1,13 +1,13 @@
 """EvoAttention as one custom_vjp over the Triton kernels: dispatch, residuals, and what the kernels refuse."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels import evo_step
+from pallas_kernels import evo_step, tuned
 from pallas_kernels.evo_bwd import backward
 from pallas_kernels.evo_fwd import Inputs, Tables, forward
 from pallas_kernels.evo_tile import Geometry
@@ -27,6 +27,12 @@ class Options:
     block_m: int | None = None
     num_warps: int | None = None
     num_stages: int | None = None
+    chunk: int | None = None  # the block_m chosen, for the forward and for the backward, which reads its carry tables
+
+    @property
+    def own(self) -> dict[str, int | None]:
+        """What the caller chose."""
+        return {name: getattr(self, name) for name in ("block_m", "num_warps", "num_stages")}
 
 
 class Residuals(NamedTuple):
@@ -70,7 +76,10 @@ def evo_from(
     v: jax.Array, query: jax.Array | None, params: EvoParams, rows: jax.Array | None, carry: Carry | None, how: Options
 ) -> tuple[jax.Array, Carry | None]:
     """The same after tokens that left `carry`, as reference.evo.evo_chunked_from; without one, (output, None)."""
-    return (v, carry) if v.size == 0 else _evo(v, query, params, rows, carry, how)
+    if v.size == 0:
+        return v, carry
+    how = replace(how, chunk=_geometry(v, query, params, how).chunk)
+    return _evo(v, query, params, rows, carry, how)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(5,))
@@ -184,14 +193,9 @@ def _geometry(v: jax.Array, query: Any, params: EvoParams, options: Options, bac
         dot_dtype, precision = "bfloat16", "bf16"
     else:
         dot_dtype, precision = "float32", "tf32x3" if "float32" in dtypes else "tf32"
-    launch = evo_launch(
-        v.shape[-1],
-        dot_dtype,
-        interpret=options.mode == "interpret",
-        backward=backward,
-        block_m=options.block_m,
-        num_warps=options.num_warps,
-        num_stages=options.num_stages,
-    )
+    default = evo_launch(v.shape[-1], dot_dtype, interpret=options.mode == "interpret", backward=backward)
+    kernel, mask = "evo_backward" if backward else "evo_forward", "causal" if options.spec.causal else "full"
+    launch = tuned.choose(tuned.Key.of(kernel, precision, v.shape[3], v.shape[2], mask), default, options.own)
+    launch = launch if options.chunk is None else replace(launch, block_m=options.chunk)
     spec = options.spec
     return Geometry(v.shape[2], v.shape[3], spec.causal, spec.absent, spec.accum_dtype, dot_dtype, precision, launch)

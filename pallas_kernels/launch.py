@@ -1,4 +1,7 @@
-"""How a kernel is launched: block sizes and warps, chosen from the head width and the dtype of its dot products."""
+"""How a kernel is launched by default: block sizes and warps, from the head width and the dtype of its dot products.
+
+tuned.py lays over these rules what was measured, and what a caller asks for.
+"""
 
 from dataclasses import dataclass
 from typing import Any
@@ -19,28 +22,20 @@ class Launch:
         _check_tiles(self, ("block_m", "block_d", "block_k"))
 
 
-def _check_tiles(launch: Any, names: tuple[str, ...]) -> None:
+def _check_tiles(launch: Any, names: tuple[str, ...], least: int = 16) -> None:
     for name in names:
         value = getattr(launch, name)
-        if value < 16 or value & (value - 1):
-            raise ValueError(f"{name}={value} must be a power of two and at least 16 (a tensor-core tile)")
+        if value < least or value & (value - 1):
+            why = " (a tensor-core tile)" if least == 16 else ""
+            raise ValueError(f"{name}={value} must be a power of two and at least {least}{why}")
     if launch.num_warps not in (1, 2, 4, 8, 16):
         raise ValueError(f"num_warps={launch.num_warps} must be 1, 2, 4, 8 or 16")
-    if launch.num_stages < 1:
+    if getattr(launch, "num_stages", 1) < 1:
         raise ValueError(f"num_stages={launch.num_stages} must be at least 1")
 
 
-def evo_launch(
-    width: int,
-    dot_dtype: str,
-    *,
-    interpret: bool,
-    backward: bool = False,
-    block_m: int | None = None,
-    num_warps: int | None = None,
-    num_stages: int | None = None,
-) -> Launch:
-    """The default launch for head width `width`, with the caller's own choices over it.
+def evo_launch(width: int, dot_dtype: str, *, interpret: bool, backward: bool = False) -> Launch:
+    """The default launch for head width `width`.
 
     Wider tiles read each row fewer times, until they spill registers. The forward holds 64 columns of bfloat16: then a
     width of 64 is one block, and is fused into three reads and one write. Everything else takes 32 columns where that
@@ -50,13 +45,7 @@ def evo_launch(
     widest = 64 if dot_dtype == "bfloat16" and not backward else 32
     block_d = next(block for block in (widest, 32, 16) if width % block == 0 or block == 16)
     warps = 8 if dot_dtype == "bfloat16" and backward and block_d == 32 else 4
-    return Launch(
-        block_m=64 if block_m is None else block_m,
-        block_d=block_d,
-        num_warps=warps if num_warps is None else num_warps,
-        num_stages=1 if num_stages is None else num_stages,
-        interpret=interpret,
-    )
+    return Launch(block_m=64, block_d=block_d, num_warps=warps, num_stages=1, interpret=interpret)
 
 
 FILLED = 128  # programs that occupy a GPU: about one for each multiprocessor of an H100 (132) or an A100 (108)
@@ -70,17 +59,8 @@ _LINEAR = {  # precision of dot products: tokens of a chunk (and where there is 
 }
 
 
-def linear_launch(
-    width: int,
-    precision: str,
-    *,
-    plain: bool,
-    interpret: bool,
-    block: int | None = None,
-    num_warps: int | None = None,
-    num_stages: int | None = None,
-) -> Launch:
-    """The default launch of a walk over rows of `width` columns, with the caller's own choices; `block` is its chunk.
+def linear_launch(width: int, precision: str, *, plain: bool, interpret: bool) -> Launch:
+    """The default launch of a walk over rows of `width` columns.
 
     A program holds a state of (width, 32), so that 32 heads of width 128 give 128 programs, and reads rows in parts, at
     least two, that divide the width where it is a multiple of 16. The more numbers an operand is split into, the
@@ -88,13 +68,12 @@ def linear_launch(
     anything larger spills registers.
     """
     chunk, small_chunk, widest = _LINEAR[precision]
-    default = chunk if plain else small_chunk
     columns = -(-width // 16) * 16
     return Launch(
-        block_m=default if block is None else block,
+        block_m=chunk if plain else small_chunk,
         block_d=32,
-        num_warps=8 if num_warps is None else num_warps,
-        num_stages=1 if num_stages is None else num_stages,
+        num_warps=8,
+        num_stages=1,
         interpret=interpret,
         block_k=next(part for part in (64, 32, 16) if part == 16 or (part <= widest and columns % (2 * part) == 0)),
     )
@@ -120,11 +99,32 @@ class LinearStepLaunch:
     num_warps: int
     interpret: bool
 
+    def __post_init__(self) -> None:
+        _check_tiles(self, ("width", "columns"), least=1)
 
-def linear_step_launch(width: int, columns: int, *, interpret: bool, num_warps: int | None = None) -> LinearStepLaunch:
+
+def linear_step_launch(width: int, columns: int, *, interpret: bool) -> LinearStepLaunch:
     """The default launch for a state (width, columns): few columns, so that a few sequences already fill a GPU."""
     block = min(32, 1 << (columns - 1).bit_length())
-    return LinearStepLaunch(1 << (width - 1).bit_length(), block, 4 if num_warps is None else num_warps, interpret)
+    return LinearStepLaunch(1 << (width - 1).bit_length(), block, 4, interpret)
+
+
+@dataclass(frozen=True, slots=True)
+class PrefixLaunch:
+    """Statics of one launch of a prefix sum: the most places and lanes of a program's tile, powers of two."""
+
+    chunk: int
+    block: int
+    num_warps: int
+    interpret: bool
+
+    def __post_init__(self) -> None:
+        _check_tiles(self, ("chunk", "block"), least=1)
+
+
+def prefix_launch(last: bool, *, interpret: bool) -> PrefixLaunch:
+    """The default launch: along the last axis a tile is long, to read whole cache lines."""
+    return PrefixLaunch(1024, 4, 4, interpret) if last else PrefixLaunch(64, 64, 4, interpret)
 
 
 def _held_as(precision: str) -> str:
@@ -148,19 +148,8 @@ class AttendLaunch:
         _check_tiles(self, ("block_q", "block_k", "widest"))
 
 
-def attend_launch(
-    kind: str,
-    width: int,
-    precision: str,
-    *,
-    interpret: bool,
-    plain: bool = True,
-    block_q: int | None = None,
-    block_k: int | None = None,
-    num_warps: int | None = None,
-    num_stages: int | None = None,
-) -> AttendLaunch:
-    """The default launch of "forward", "d_query", "d_key_value" or "d_bias", with the caller's own choices over it.
+def attend_launch(kind: str, width: int, precision: str, *, interpret: bool, plain: bool = True) -> AttendLaunch:
+    """The default launch of "forward", "d_query", "d_key_value" or "d_bias".
 
     `width` is the wider of key and value. Where a program sums into so many registers that few are left, it holds no
     rows but reads them again wherever they are used: in the gradients of wide rows, sooner for operands that are split
@@ -168,11 +157,9 @@ def attend_launch(
     """
     precision = _held_as(precision)
     table, split, forward = _ATTEND[precision][kind], precision == "tf32x3", kind == "forward"
-    chosen = table[next(size for size in table if width <= size)]
+    q, k, warps, stages = table[next(size for size in table if width <= size)]
     if forward and not plain:
-        chosen = (chosen[0], min(chosen[1], 32), *chosen[2:])
-    given = (block_q, block_k, num_warps, num_stages)
-    q, k, warps, stages = (default if own is None else own for default, own in zip(chosen, given, strict=True))
+        k = min(k, 32)
     reread = width > (128 if split else 256) // (1 if forward else 2)
     widest = 64 if reread else (32 if forward else 64) if split else 256
     return AttendLaunch(q, k, warps, stages, interpret, widest, reread)
@@ -195,17 +182,8 @@ def decode_rows(width: int, precision: str) -> int:
     return max(rows for columns, rows in _DECODE[_held_as(precision)] if width <= columns)
 
 
-def decode_launch(
-    width: int,
-    precision: str,
-    rows: int,
-    *,
-    interpret: bool,
-    block_k: int | None = None,
-    num_warps: int | None = None,
-    num_stages: int | None = None,
-) -> AttendLaunch:
-    """The default launch of decoding for `rows` rows (queries of all heads of a group), the caller's choices over it.
+def decode_launch(width: int, precision: str, rows: int, *, interpret: bool) -> AttendLaunch:
+    """The default launch of decoding for `rows` rows (queries of all heads of a group).
 
     Memory-bound: stages keep loads in flight, and the products' rows are as few as a tensor core's tile has.
     """
@@ -213,9 +191,7 @@ def decode_launch(
     table, widest = _DECODE[precision], 256
     if precision == "tf32x3":
         widest = 64 if block_q == 16 else 32
-    chosen = table[next(size for size in table if width <= size[0] and block_q <= size[1])]
-    given = (block_k, num_warps, num_stages)
-    keys, warps, stages = (default if own is None else own for default, own in zip(chosen, given, strict=True))
+    keys, warps, stages = table[next(size for size in table if width <= size[0] and block_q <= size[1])]
     return AttendLaunch(block_q, keys, warps, stages, interpret, widest)
 
 

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels import tuned
 from pallas_kernels.dots import Dots
 from pallas_kernels.launch import Launch, linear_launch, linear_segments
 from pallas_kernels.linear_tile import Operand
@@ -39,12 +40,21 @@ class Plan:
     block: int | None = None
     num_warps: int | None = None
     num_stages: int | None = None
+    kernel: str = "linear_forward"  # or "linear_backward"
 
     def launch(self, inputs: Inputs, width: int) -> Launch:
-        options = {"block": self.block, "num_warps": self.num_warps, "num_stages": self.num_stages}
+        """Of rows of `width` columns; looked up by the wider of key and value, so that all walks have one chunk."""
+        own = {"block_m": self.block, "num_warps": self.num_warps, "num_stages": self.num_stages}
         plain = inputs.rows is None and inputs.query.shape[2] == inputs.key.shape[2]
         plain = plain and self.spec.feature_map != "softmax"
-        return linear_launch(width, self.dots(inputs).precision, plain=plain, interpret=self.interpret, **options)
+        default = linear_launch(width, self.dots(inputs).precision, plain=plain, interpret=self.interpret)
+        return tuned.choose(self.key(self.kernel, inputs, plain), default, own)
+
+    def key(self, kernel: str, inputs: Inputs, plain: bool = True) -> tuned.Key:
+        """By which a launch of `kernel` is looked up."""
+        width, length = max(inputs.key.shape[3], inputs.value.shape[3]), max(x.shape[1] for x in inputs[:2])
+        mask = ("causal" if self.spec.causal else "full") + ("" if plain else "+rows")
+        return tuned.Key.of(kernel, self.dots(inputs).precision, width, length, mask)
 
     def dots(self, inputs: Inputs) -> Dots:
         return Dots.of({jnp.dtype(x.dtype).name for x in inputs[:3]}, self.interpret)
@@ -93,6 +103,7 @@ def forward(inputs: Inputs, plan: Plan, *, save: bool, keep_state: bool) -> tupl
 def backward(inputs: Inputs, out: Any, inverse: Any, cotangents: tuple[Any, Any], plan: Plan) -> Gradients:
     """Gradients, from the output, 1 / den (B, N, T), and the cotangents of the output and of the last state."""
     d_out, d_state = cotangents
+    plan = replace(plan, kernel="linear_backward")
     d_num, d_den = Operand(d_out, inverse), _d_den(out, d_out, inverse, inputs.rows)
     queries = Side("queries", Operand(inputs.query), d_num, d_den, True, d_state)
     states = _states(queries, inputs, plan)

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels import _pallas as plk
+from pallas_kernels import tuned
 from pallas_kernels.launch import LinearStepLaunch, linear_step_launch
 from pallas_kernels.linear_pass import Inputs, Plan
 from pallas_kernels.linear_tile import FEATURES
@@ -37,7 +38,8 @@ def serves(inputs: Inputs, plan: Plan) -> bool:
 def forward(inputs: Inputs, plan: Plan, *, save: bool, keep_state: bool) -> tuple[jax.Array, Any, Any]:
     """(out, 1 / den (B, N, 1) if `save`, the state after the token, LinearState in float32, if `keep_state`)."""
     (batch, _, heads, _), (kv_heads, width), columns = inputs.query.shape, inputs.key.shape[2:], inputs.value.shape[3]
-    launch = linear_step_launch(width, columns, interpret=plan.interpret, num_warps=plan.num_warps)
+    default = linear_step_launch(width, columns, interpret=plan.interpret)
+    launch = tuned.choose(plan.key("linear_step", inputs), default, {"num_warps": plan.num_warps})
     real: Any = LinearState
     types = Outs(
         jax.ShapeDtypeStruct((batch, 1, heads, columns), inputs.query.dtype),

@@ -8,10 +8,9 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels import _pallas as plk
+from pallas_kernels import tuned
+from pallas_kernels.launch import PrefixLaunch, prefix_launch
 from reference.prefix_scan import prefix_sum_chunked
-
-TILE = 4096  # elements of one program's tile
-WARPS = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +35,7 @@ class _View:
     last: bool
     chunk: int
     block: int
+    launch: PrefixLaunch
 
     @property
     def length(self) -> int:
@@ -111,7 +111,7 @@ def _forward(x: jax.Array, scan: Scan) -> jax.Array:
 
 
 def _run(x: jax.Array, scan: Scan) -> jax.Array:
-    view = _view(x.shape, scan.axis)
+    view = _view(x, scan)
     x3 = x.reshape(view.shape)
     accum = jnp.dtype(scan.accum_dtype)
     carry = None
@@ -127,14 +127,17 @@ def exclusive_carries(totals: jax.Array) -> jax.Array:
     return jnp.cumsum(jnp.pad(totals[:, :-1], ((0, 0), (1, 0), (0, 0))), axis=1)
 
 
-def _view(shape: tuple[int, ...], axis: int) -> _View:
+def _view(x: jax.Array, scan: Scan) -> _View:
+    shape, axis = x.shape, scan.axis
     outer, length, inner = prod(shape[:axis]), shape[axis], prod(shape[axis + 1 :])
     last = inner == 1
     lanes = outer if last else inner
-    widest = 4 if last else 64  # along the last axis a tile is long, to read whole cache lines
-    block = min(widest, _power_of_two(lanes))
-    chunk = min(TILE // block, 64 if not last else 1024, max(16, _power_of_two(length)))
-    return _View((1, outer, length) if last else (outer, length, inner), last, chunk, block)
+    width = min(_power_of_two(lanes), 64)
+    key = tuned.Key.of("prefix", jnp.dtype(x.dtype).name, width, length, "last" if last else "inner")
+    launch = tuned.choose(key, prefix_launch(last, interpret=scan.mode == "interpret"))
+    block = min(launch.block, _power_of_two(lanes))
+    chunk = min(launch.chunk, max(16, _power_of_two(length)))
+    return _View((1, outer, length) if last else (outer, length, inner), last, chunk, block, launch)
 
 
 def _power_of_two(n: int) -> int:
@@ -150,8 +153,8 @@ def _launch(name, kernel, args, out_shape, view: _View, scan: Scan) -> jax.Array
         in_specs=[plk.per_group(a, 2) for a in args if a is not None],
         out_specs=plk.per_group(out_shape, 2),
         out_shape=out_shape,
-        num_warps=WARPS,
-        interpret=scan.mode == "interpret",
+        num_warps=view.launch.num_warps,
+        interpret=view.launch.interpret,
     )
 
 

@@ -1,5 +1,6 @@
 """The softmax kernels in Pallas' interpreter: ATTEND_CASES, shapes of a bias, dead tiles, reruns, platforms."""
 
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -173,10 +174,8 @@ def test_parts_cover_a_row_once(width, widest):
     assert width <= sum(size for _, size in parts) < width + 16
 
 
-def test_launch_options_are_the_callers():
-    chosen = attend_launch("forward", 128, "bf16", interpret=False, block_q=32, num_warps=2, num_stages=3)
-    assert (chosen.block_q, chosen.num_warps, chosen.num_stages) == (32, 2, 3)
+def test_bad_launches_are_named():
     with pytest.raises(ValueError, match="block_k=48"):
-        attend_launch("d_query", 128, "bf16", interpret=False, block_k=48)
+        replace(attend_launch("d_query", 128, "bf16", interpret=False), block_k=48)
     with pytest.raises(ValueError, match="num_warps=3"):
         AttendLaunch(64, 64, 3, 1, False)

@@ -1,5 +1,7 @@
 """The Evo kernels in Pallas' interpreter: forward and every gradient over EVO_CASES, segments, options, platforms."""
 
+from dataclasses import replace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -34,7 +36,7 @@ def test_backward_by_segments(case, monkeypatch):
 def _geometry(length, block_m):
     from pallas_kernels.evo_tile import Geometry
 
-    launch = evo_launch(16, "float32", interpret=True, block_m=block_m)
+    launch = replace(evo_launch(16, "float32", interpret=True), block_m=block_m)
     return Geometry(length, 16, True, True, "float32", "float32", "tf32x3", launch)
 
 

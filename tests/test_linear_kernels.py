@@ -12,7 +12,7 @@ from checks import assert_close
 from linear_checks import actual_linear, check_linear, expected_linear, spec_of
 
 from pallas_kernels import launch
-from pallas_kernels.launch import linear_launch, linear_segments
+from pallas_kernels.launch import linear_segments
 from pallas_kernels.linear import linear, refusal
 from reference.linear import LinearSpec, LinearState, linear_dense
 
@@ -205,10 +205,3 @@ def test_what_the_kernels_refuse():
     assert "query.dtype=float64" in (why(dtype="float64") or "")
     assert "state.kv.dtype=float64" in (why(state_dtype="float64") or "")
     assert "feature_map='tanh'" in (why(feature_map="tanh") or "")
-
-
-def test_launch_options_are_the_callers():
-    chosen = linear_launch(128, "bf16", plain=True, interpret=False, block=128, num_warps=4, num_stages=3)
-    assert (chosen.block_m, chosen.num_warps, chosen.num_stages) == (128, 4, 3)
-    with pytest.raises(ValueError, match="block_m=48"):
-        linear_launch(128, "bf16", plain=True, interpret=False, block=48)
