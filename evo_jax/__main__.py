@@ -7,6 +7,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from evo_jax import check_command
 from evo_jax._version import __version__
 from evo_jax.demo.model import ATTENTION
 from evo_jax.demo.settings import BACKENDS, DTYPES, DemoError, Settings
@@ -32,6 +33,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     _add_demo(commands)
     _add_generate(commands)
+    check_command.add(commands)
     return parser
 
 
