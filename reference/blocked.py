@@ -49,19 +49,20 @@ def attend_blocked(
 
 
 def _plan(pattern: Pattern, spec: AttendSpec, first_head: int, sizes: Any, given: Any) -> Plan:
-    """Measured: XLA on CPUs takes more threads than one for products from 256 x 64 x 512 on."""
+    """Measured: XLA on CPUs takes more threads than one for products from 256 x 64 x 512 or 512 x 64 x 256 on."""
     heads, tokens, keys = sizes
     (left, right), size = pattern.windows[0], pattern.block_size
     near = left + (0 if pattern.causal else right) <= 128
-    most = 512 if heads <= 8 and tokens >= 4096 and not pattern.banded else 256  # scores of 8 MB stay in a cache
+    most = 512 if heads <= 8 and tokens >= 4096 and not pattern.banded else 256  # their scores stay in a cache
     block_q = given[0] or min(max(64, min(size, 256)) if pattern.num_random or near else most, tokens)
     block_k = given[1] or min(max(16, min(size, 64)) if pattern.num_random else 64, keys)
+    slab = _up(min(256 if block_q == 512 else 512, keys), block_k)  # narrow: fewer scores past the diagonal
     if given[2] or not pattern.banded:
-        return Plan(spec, first_head, tokens, keys, block_q, block_k, given[2] or _up(min(512, keys), block_k), True)
+        return Plan(spec, first_head, tokens, keys, block_q, block_k, given[2] or slab, True)
     tiling = Tiling(1, 1, 1, tokens, keys, block_q, block_k)
     bounds = key_visits(Mask(replace(pattern, num_global=0, num_random=0)), tiling).bounds
     extent = int(np.max(bounds[..., 3] - bounds[..., 0])) * block_k
-    width = extent if 0 < extent <= WIDEST else _up(min(512, keys), block_k)
+    width = extent if 0 < extent <= WIDEST else slab
     return Plan(spec, first_head, tokens, keys, block_q, block_k, width, width < extent)
 
 
