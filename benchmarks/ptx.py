@@ -1,5 +1,6 @@
 """Static facts of compiled GPU code: registers and spills by ptxas, instruction counts, launches from XLA's dump."""
 
+import functools
 import re
 import shutil
 import subprocess
@@ -37,6 +38,12 @@ class KernelReport:
     num_warps: int
     grid: tuple[int, ...]
     instructions: dict[str, int]
+    ir_bytes: int = 0  # of its Triton IR as text; the longest, where kernels share a name
+
+    @property
+    def tensor_cores(self) -> int:
+        """How many of its instructions are matrix products."""
+        return self.instructions["wgmma"] + self.instructions["mma.sync"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +61,16 @@ def find_ptxas() -> str | None:
     for path in (path for root in site for path in sorted(root.glob("nvidia/*/bin/ptxas"), reverse=True)):
         return str(path)
     return shutil.which("ptxas")
+
+
+@functools.cache
+def ptxas_version() -> str:
+    """What `ptxas --version` says of its build, or "none"."""
+    if (ptxas := find_ptxas()) is None:
+        return "none"
+    done = subprocess.run([ptxas, "--version"], capture_output=True, text=True, timeout=60, check=False)
+    found = re.search(r"V([\d.]+)", done.stdout)
+    return found.group(1) if found else "unknown"
 
 
 def entries(ptx: str) -> Iterator[tuple[str, str]]:

@@ -1,12 +1,15 @@
 """The GPUs that kernels are compiled for without a GPU: one row of facts each, printed as XLA's target description."""
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """What XLA must know of a device to compile for it; bandwidth in bytes/s, sizes in bytes."""
+    """What XLA must know of a device to compile for it; bandwidth in bytes/s, sizes in bytes.
+
+    The last two are dense tensor-core operations per second as NVIDIA states them for the SXM boards.
+    """
 
     description: str
     capability: tuple[int, int]
@@ -18,6 +21,13 @@ class Target:
     memory_bandwidth: int
     memory_size: int
     clock_rate_ghz: float
+    peak_16_bit: float
+    peak_tf32: float
+
+    @property
+    def peak_float32(self) -> float:
+        """Operations per second without tensor cores: a fused multiply-add is two."""
+        return 2e9 * self.core_count * self.fpus_per_core * self.clock_rate_ghz
 
     @property
     def proto(self) -> str:
@@ -49,12 +59,25 @@ device_description_str: "{self.description}"
 """
 
 
+_H100 = Target(
+    *("NVIDIA H100 80GB HBM3", (9, 0), 132, 128, 233472, 232448, 52428800, 3352320 * 10**6, 84929347584, 1.98),
+    peak_16_bit=989.4e12,
+    peak_tf32=494.7e12,
+)
 TARGETS: dict[str, Target] = {
-    "h100": Target(
-        "NVIDIA H100 80GB HBM3", (9, 0), 132, 128, 233472, 232448, 52428800, 3352320 * 10**6, 84929347584, 1.98
+    "h100": _H100,
+    "h200": replace(
+        _H100,
+        description="NVIDIA H200",
+        l2_cache_size=62914560,
+        memory_bandwidth=4800 * 10**9,
+        memory_size=150 * 10**9,
     ),
-    "h200": Target("NVIDIA H200", (9, 0), 132, 128, 233472, 232448, 62914560, 4800 * 10**9, 150 * 10**9, 1.98),
-    "a100": Target("NVIDIA A100-SXM4-80GB", (8, 0), 108, 64, 167936, 166912, 41943040, 2039 * 10**9, 85520809984, 1.41),
+    "a100": Target(
+        *("NVIDIA A100-SXM4-80GB", (8, 0), 108, 64, 167936, 166912, 41943040, 2039 * 10**9, 85520809984, 1.41),
+        peak_16_bit=312e12,
+        peak_tf32=156e12,
+    ),
 }
 
 

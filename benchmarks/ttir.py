@@ -38,7 +38,7 @@ def ttir(fn: Callable[..., Any], args: Any, target: str = "h100") -> list[tuple[
 
     The first line of each text is a comment with the grid and the arrays, which `audit` reads.
     """
-    return [(call.name, f"{_header(call)}\n{call.text}") for call in triton_calls(lower_abstract(fn, args, target))]
+    return [(call.name, text_of(call)) for call in triton_calls(lower_abstract(fn, args, target))]
 
 
 def lower_abstract(fn: Callable[..., Any], args: Any, target: str) -> jax.stages.Lowered:
@@ -90,6 +90,7 @@ def _read_call(op: Any) -> Call:
     return Call(ir.StringAttr(config["name"]).value, text, grid, number["num_warps"], number["num_stages"], operands)
 
 
-def _header(call: Call) -> str:
+def text_of(call: Call) -> str:
+    """Its Triton IR below the comment that states grid and arrays."""
     arrays = " ".join(f"{dtype}[{','.join(map(str, shape))}]" for shape, dtype in call.operands)
-    return f"// grid {' '.join(map(str, call.grid))} arrays {arrays}"
+    return f"// grid {' '.join(map(str, call.grid))} arrays {arrays}\n{call.text}"

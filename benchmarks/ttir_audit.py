@@ -48,13 +48,31 @@ def unsafe(text: str) -> list[str]:
 
 def dot_precisions(text: str) -> list[str]:
     """One line per tt.dot, "dot f32 x f32 -> f32, inputPrecision = tf32"; only f32 operands heed the precision."""
-    pattern = (
-        r"tt\.dot .*?(?:inputPrecision = (\w+) )?: tensor<[\dx]+x(\w+)> \* tensor<[\dx]+x(\w+)> -> tensor<[\dx]+x(\w+)>"
-    )
-    return [
-        f"dot {left} x {right} -> {out}, inputPrecision = {precision or 'ieee'}"
-        for precision, left, right, out in re.findall(pattern, text)
-    ]
+    return [_dot(line) for line in text.splitlines() if re.search(r"\btt\.dot\w* ", line)]
+
+
+def wrong_dots(text: str, stated: str) -> list[str]:
+    """The dots that do not take the precision `stated` for the program: "bf16", "fp16" or "tf32x3".
+
+    float16 numbers are multiplied as they are or, where something computed could pass 65504, as TF32, which holds them
+    exactly.
+    """
+    operands = {
+        "bf16": ("bf16 x bf16",),
+        "fp16": ("f16 x f16", "f32 x f32.* = tf32$"),
+        "tf32x3": ("f32 x f32.* = tf32x3$",),
+    }
+    found = {dot: None for dot in dot_precisions(text) if not any(re.search(f" {o}", dot) for o in operands[stated])}
+    return [f"{dot}, where {stated} is stated" for dot in found]
+
+
+def _dot(line: str) -> str:
+    types = r"tensor<[\dx]+x(\w+)> \* tensor<[\dx]+x(\w+)> -> tensor<[\dx]+x(\w+)>"
+    found = re.search(rf"tt\.dot .*?(?:inputPrecision = (\w+) )?: {types}", line)
+    if found is None:
+        return f"dot of an unknown form: {line.strip()}"
+    precision, left, right, out = found.groups()
+    return f"dot {left} x {right} -> {out}, inputPrecision = {precision or 'ieee'}"
 
 
 class _Seen(NamedTuple):

@@ -1,24 +1,22 @@
-"""The compile report itself, on toy kernels: it must see tensor-core code, spills, big tiles and missing masks."""
+"""The compile report itself: it must see tensor-core code, spills, big tiles, missing masks and wrong precisions."""
 
 import json
-import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import pytest
 
-from benchmarks.compile_report import (
-    TARGETS,
-    audit,
-    compile_for,
-    dot_precisions,
-    main,
-    missing_wheels,
-    problems,
-    ttir,
-    unsafe,
-)
+from benchmarks import compile_report
+from benchmarks.compile_for import compile_for, missing_wheels
+from benchmarks.examine import problems
 from benchmarks.ranges import Range, divide, multiply, remainder
+from benchmarks.targets import TARGETS
+from benchmarks.ttir import ttir
+from benchmarks.ttir_audit import audit, dot_precisions, unsafe
 from pallas_kernels import _pallas as plk
 
 needs_wheels = pytest.mark.skipif(
@@ -180,63 +178,47 @@ def test_range_arithmetic():
     assert remainder(Range(-3, 50), Range(8, 8)) == Range(-7, 7)
 
 
-_CONFIGS = """
-import time
-from benchmarks.compile_configs import Config
-from tests.test_compile_report import _matmul
+@dataclass(frozen=True)
+class Toy:
+    """Stands for a Program; workers import it from here."""
 
-def tile(num_warps=4):
-    return lambda dtype, width: _matmul(width, dtype, num_warps)
+    label: str
+    make: Callable[..., Any]
+    arguments: tuple[Any, ...] = ()
+    dtype: str = "bfloat16"
 
-def hang(dtype, width):
+    def build(self):
+        return self.make(*self.arguments)
+
+
+def _hang():
     time.sleep(600)
 
-CONFIGS = [
-    Config("toy-good", tile(), ("bfloat16",), (32, 64)),
-    Config("toy-big", tile(), ("bfloat16",), (256,)),
-    Config("toy-spill", tile(), ("bfloat16",), (128,)),
-    Config("toy-abort", tile(num_warps=3), ("bfloat16",), (64,)),
-    Config("toy-last", tile(), ("bfloat16",), (32,)),
-    Config("hang", hang, ("bfloat16",), (64,)),
-]
-"""
 
-
-@pytest.fixture
-def configs(tmp_path, monkeypatch):
-    (tmp_path / "toy_configs.py").write_text(_CONFIGS)
-    monkeypatch.syspath_prepend(tmp_path)
-    yield ["--configs", "toy_configs", "--target", "a100", "--jobs", "1"]
-    sys.modules.pop("toy_configs", None)
+def _report(capsys, monkeypatch, toys, *argv):
+    """(exit status, printed text) of the command, were these the programs of the matrix that were asked for."""
+    monkeypatch.setattr(compile_report, "_cells", lambda options: [(toy, "a100") for toy in toys])
+    status = compile_report.main(["--jobs", "1", "--no-cache", *argv])
+    return status, capsys.readouterr().out
 
 
 @needs_wheels
-def test_command_line_outlives_what_kills_a_compiler(configs, tmp_path, capfd):
-    """LLVM ends the process over three warps; the cases after it still run, and the status says so."""
+def test_command_line_outlives_what_kills_a_compiler(monkeypatch, tmp_path, capsys):
+    """LLVM ends the process over three warps; the programs after it still run, and the status says so."""
     path = tmp_path / "report.json"
-    assert main([*configs, "--match", "toy-", "--json", str(path)]) == 1
-    results = {row["case"].split("-", 1)[1]: row for row in json.loads(path.read_text())["results"]}
-    why = {
-        "big-bfloat16-D256": "Shared memory",
-        "spill-bfloat16-D128": "spills",
-        "abort-bfloat16-D64": "ended the process",
-    }
-    assert {case for case, row in results.items() if row["failures"]} == set(why)
-    assert all(text in results[case]["failures"][0] for case, text in why.items())
-    assert results["last-bfloat16-D32"]["report"]["kernels"][0]["instructions"]["mma.sync"] > 0
-    assert "6 compilations, 3 failures" in capfd.readouterr().out
+    toys = [Toy(name, _matmul, arguments) for name, arguments in (
+        ("big", (256,)), ("abort", (64, "bfloat16", 3)), ("spill", (128,)), ("good", (32,))
+    )]  # fmt: skip
+    status, printed = _report(capsys, monkeypatch, toys, "--json", str(path))
+    rows = {row["program"]: row for row in json.loads(path.read_text())["results"]}
+    assert status == 1 and "4 programs lowered and audited, 2 compiled (0 of them before), 3 failures" in printed
+    why = {"big": "Shared memory size limit exceeded", "abort": "ended the process", "spill": "toy spills "}
+    assert {label for label, row in rows.items() if row["failures"]} == set(why)
+    assert all(text in rows[label]["failures"][0] for label, text in why.items())
+    assert rows["good"]["report"]["kernels"][0]["instructions"]["mma.sync"] > 0
+    assert "FAILED spill @ a100: toy spills" in printed
 
 
-@needs_wheels
-def test_command_line_succeeds_when_all_do(configs, capfd):
-    assert main([*configs, "--match", "toy-good-bfloat16-D32"]) == 0
-    assert "| toy-good-bfloat16-D32 | a100 | toy |" in capfd.readouterr().out
-
-
-def test_command_line_ends_what_hangs(configs, capfd):
-    assert main([*configs, "--match", "hang", "--limit", "1"]) == 1
-    assert "hang-bfloat16-D64 on a100: no result within 1 s" in capfd.readouterr().out
-
-
-def test_command_line_refuses_to_compile_nothing(configs):
-    assert main([*configs, "--match", "no such case"]) == 2
+def test_command_line_ends_what_hangs(monkeypatch, capsys):
+    status, printed = _report(capsys, monkeypatch, [Toy("slow", _hang)], "--limit", "1")
+    assert status == 1 and "FAILED slow @ a100: no result within 1 s" in printed

@@ -11,8 +11,9 @@ from checks import assert_close, evo_params, signed_rows
 from flax import nnx
 
 import evo_jax
-from benchmarks.compile_report import ttir, unsafe
-from benchmarks.evo_state_builds import evo_resumed
+from benchmarks.programs import Program
+from benchmarks.ttir import ttir
+from benchmarks.ttir_audit import unsafe
 from evo_jax.evo import evo_attention
 from evo_jax.linen import EvoAttention as LinenEvoAttention
 from reference.evo import EvoSpec, evo_dense_from
@@ -127,14 +128,14 @@ def test_compiled_kernels_by_pieces_equal_the_whole(width, dtype):
 @pytest.mark.parametrize("width, dtype", [(7, "float32"), (80, "float32"), (256, "bfloat16")])
 def test_no_access_can_leave_its_array(width, dtype):
     """Of the step, for 18 rows of two tiles; a state gives the other kernels no new accesses."""
-    modules = ttir(*evo_resumed(2, 9, 1, gradient=False, mask=True)(dtype, width))
+    modules = ttir(*Program("evo", "decode", dtype, 2, heads=9, width=width, extras=("mask",)).build())
     assert [name for name, _ in modules] == ["evo_step"]
     assert {name: found for name, text in modules if (found := unsafe(text))} == {}
 
 
 def test_wide_float32_takes_the_kernels_of_many_tokens():
     """There the step would spill registers."""
-    modules = ttir(*evo_resumed(1, 2, 1, gradient=False)("float32", 256))
+    modules = ttir(*Program("evo", "decode", "float32", heads=2, width=256).build())
     assert [name for name, _ in modules] == ["evo_sums", "evo_gated_sums", "evo_gate", "evo_norm"]
 
 
