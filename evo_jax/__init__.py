@@ -6,6 +6,7 @@ from evo_jax.attention import flash_attention as flash_attention
 from evo_jax.attention import multiscale_attention as multiscale_attention
 from evo_jax.attention import sliding_window_attention as sliding_window_attention
 from evo_jax.attention import sparse_attention as sparse_attention
+from evo_jax.autotune import autotune as autotune
 from evo_jax.backend import backend as backend
 from evo_jax.backend import explain as explain
 from evo_jax.cache import KVCache as KVCache

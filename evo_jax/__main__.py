@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from evo_jax import check_command
+from evo_jax import check_command, tune_command
 from evo_jax._version import __version__
 from evo_jax.demo.model import ATTENTION
 from evo_jax.demo.settings import BACKENDS, DTYPES, DemoError, Settings
@@ -34,6 +34,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_demo(commands)
     _add_generate(commands)
     check_command.add(commands)
+    tune_command.add(commands)
     return parser
 
 

@@ -7,13 +7,13 @@ from typing import Any, TypedDict, Unpack
 import jax
 import jax.numpy as jnp
 
-from evo_jax import attention_masks, shapes
+from evo_jax import attention_masks, autotune_first, shapes
 from evo_jax.backend import choose
 from evo_jax.require_cuda import require_cuda
 from reference.blocked import attend_blocked
 from reference.dense import AttendInputs
 from reference.logits import AttendSpec
-from reference.mask import FAR, Pattern
+from reference.mask import FAR, Mask, Pattern
 
 DEFAULT_WINDOWS = (256, 512, 1024)
 
@@ -278,4 +278,6 @@ def _run(inputs: AttendInputs, spec: AttendSpec, how: str, launch: Any, op: str)
 
     if how == "triton":
         inputs = inputs._replace(query=require_cuda(inputs.query, op))
-    return attend.attend(inputs, spec, mode=how, **dict(launch))
+    run = partial(attend.attend, spec=spec, mode=how, **dict(launch))
+    autotune_first.before(run, inputs._replace(mask=Mask(inputs.mask.pattern)))
+    return run(inputs)

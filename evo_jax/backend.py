@@ -38,8 +38,7 @@ class Report:
             return "no evo_jax operation was called"
         rows = [("op", "shapes", "dtype", "implementation", "reason")]
         rows += [(c.op, " ".join(map(_shape, c.shapes)), c.dtype, c.implementation, c.reason) for c in self.choices]
-        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        return "\n".join("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)
+        return aligned(rows)
 
     def __iter__(self) -> Iterator[Choice]:
         return iter(self.choices)
@@ -94,6 +93,17 @@ def explain(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Report:
     op          shapes  dtype    implementation  reason
     prefix_sum  (8, 4)  float32  reference       implementation='reference'
     """
+    call, arrays = on_arrays(fn, args, kwargs)
+    report = Report()
+    with context(_Setting(context.value.name, report)):
+        jax.eval_shape(lambda arrays: (call(arrays), None)[1], arrays)
+    return report
+
+
+def on_arrays(
+    fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[Callable[[list[Any]], Any], list[Any]]:
+    """(call, arrays): call(arrays) is fn(*args, **kwargs), whose other arguments stay as they are."""
     leaves, tree = jax.tree.flatten((args, kwargs))
     places = [i for i, leaf in enumerate(leaves) if hasattr(leaf, "shape") and hasattr(leaf, "dtype")]
 
@@ -102,12 +112,15 @@ def explain(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Report:
         for place, array in zip(places, arrays, strict=True):
             merged[place] = array
         args, kwargs = jax.tree.unflatten(tree, merged)
-        fn(*args, **kwargs)
+        return fn(*args, **kwargs)
 
-    report = Report()
-    with context(_Setting(context.value.name, report)):
-        jax.eval_shape(call, [leaves[i] for i in places])
-    return report
+    return call, [leaves[i] for i in places]
+
+
+def aligned(rows: list[tuple[str, ...]]) -> str:
+    """A table as text, its columns as wide as they need to be."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return "\n".join("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)
 
 
 def choose(op: str, implementation: str | None, refusal: Callable[[], str | None], arrays: tuple[Any, ...]) -> str:

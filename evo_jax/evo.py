@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from evo_jax import padding, shapes
+from evo_jax import autotune_first, padding, shapes
 from evo_jax.backend import choose
 from evo_jax.require_cuda import require_cuda
 from reference.evo import Carry, evo_chunked, evo_chunked_from
@@ -186,4 +186,6 @@ def _run(
     from pallas_kernels import evo
 
     v = require_cuda(v, _OP) if how == "triton" else v
+    if carry is None or v.shape[2] > 1:  # a step of one token is another kernel
+        autotune_first.before(partial(evo.evo, spec=spec, mode=how, **dict(launch)), v, query, params, None)
     return evo.evo_from(v, query, params, rows, carry, evo.Options(spec, how, **dict(launch)))

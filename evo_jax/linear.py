@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from evo_jax import padding, shapes
+from evo_jax import autotune_first, padding, shapes
 from evo_jax.backend import choose
 from evo_jax.require_cuda import require_cuda
 from reference.linear import LinearSpec, LinearState, linear_chunked
@@ -152,4 +152,6 @@ def _run(query, key, value, state, rows, spec: LinearSpec, how: str, launch: Any
     from pallas_kernels import linear
 
     query = require_cuda(query, _OP) if how == "triton" else query
-    return linear.linear(query, key, value, state, rows, spec, mode=how, keep_state=keep_state, **dict(launch))
+    run = partial(linear.linear, spec=spec, mode=how, keep_state=keep_state, **dict(launch))
+    autotune_first.before(run, query, key, value, None, rows)
+    return run(query, key, value, state, rows)

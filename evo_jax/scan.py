@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from evo_jax import shapes
+from evo_jax import autotune_first, shapes
 from evo_jax.backend import choose
 from evo_jax.require_cuda import require_cuda
 from reference.prefix_scan import prefix_sum_chunked
@@ -80,4 +80,6 @@ def _run(x: jax.Array, axis: int, reverse: bool, exclusive: bool, accum_dtype: s
         return prefix_sum_chunked(x, **options)
     from pallas_kernels import prefix_scan
 
-    return prefix_scan.prefix_scan(require_cuda(x, _OP) if how == "triton" else x, mode=how, **options)
+    run = partial(prefix_scan.prefix_scan, mode=how, **options)
+    autotune_first.before(run, x)
+    return run(require_cuda(x, _OP) if how == "triton" else x)

@@ -128,6 +128,11 @@ def choose(key: Key, default: AnyLaunch, own: Mapping[str, Any] | None = None, *
     return launch
 
 
+def undisturbed() -> bool:
+    """Whether neither override() nor recording() is in force."""
+    return _context.value == _Setting()
+
+
 def fields_of(key: Key, launch: Any) -> dict[str, Any]:
     """What of `launch` may be chosen for this kernel."""
     return {name: getattr(launch, name) for name in KERNELS[key.kernel]}

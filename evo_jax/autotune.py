@@ -1,0 +1,237 @@
+"""Which launches are fastest on this GPU: candidates are checked, timed in turns, and the best ones stored."""
+
+import datetime
+import json
+import math
+import statistics
+import time
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cache, partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from evo_jax._version import __version__
+from evo_jax.backend import aligned, on_arrays
+from pallas_kernels import tuned, tuned_store
+from pallas_kernels.tuned import Key
+
+ROUNDS = 7
+SAMPLE = 0.01  # seconds that a sample of the default lasts at least
+GAIN = 1.02  # a candidate must be this much faster than the default: less is noise
+# Relative error of a row of results, in L2: some roundings of the dtype, and TF32 x 3 with sums in another order.
+TOLERANCE = {"bfloat16": 2**-6, "float16": 2**-8, "float32": 2**-10, "float64": 2**-10}
+
+Fields = dict[str, Any]
+Call = Callable[[list[Any]], Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Tuned:
+    """What was found for one key; seconds are medians of the whole function's calls."""
+
+    key: Key
+    default: Fields
+    best: Fields  # the default again where nothing is faster
+    default_seconds: float
+    seconds: float
+    tried: int
+    rejected: tuple[tuple[Fields, str], ...]  # and why
+
+    @property
+    def gain(self) -> float:
+        """How many times faster the function is than under the default."""
+        return self.default_seconds / self.seconds
+
+
+@dataclass(frozen=True, slots=True)
+class TuneReport:
+    """What autotune() returns; printed as a table."""
+
+    device: str
+    rows: tuple[Tuned, ...]
+
+    def __str__(self) -> str:
+        if not self.rows:
+            return "no kernel was launched whose launch is not the caller's own"
+        head = ("launch", "default", "best", "tried", "rejected", "default ms", "best ms", "gain")
+        return aligned([head, *map(_row, self.rows)])
+
+
+def autotune(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> TuneReport:
+    """Find and store the fastest launches of the kernels in `fn(*args, **kwargs)` on this process's CUDA device.
+
+    `fn` is traced and compiled as jax.jit would, once for each candidate, so a single operation with its gradient is a
+    better argument than a training step. Array arguments may be jax.ShapeDtypeStruct: then they are drawn. One kernel
+    is tuned after the other; a candidate counts only if its results are the default's, up to rounding. What is found
+    holds for this device, these dtypes and head widths, lengths up to the next power of two, and this version of the
+    kernels and of JAX, in all later processes; in this one, for what is traced from now on (jax.clear_caches()).
+
+    Results lie in EVO_CACHE_DIR, else in evo-jax under XDG_CACHE_HOME (~/.cache).
+
+    Raises:
+        RuntimeError: JAX sees no CUDA device.
+    """
+    return tune(*on_arrays(fn, args, kwargs))
+
+
+def tune(call: Call, arrays: Sequence[Any], progress: Callable[[str], None] = lambda text: None) -> TuneReport:
+    """autotune() of call(arrays); `progress` is told what is timed next."""
+    device = tuned_store.device_kind()
+    if device is None:
+        raise RuntimeError("autotune times kernels on a GPU, and JAX sees no CUDA device")
+    arrays = [_drawn(i, x) for i, x in enumerate(arrays)]
+    rows: list[Tuned] = []
+    for key, default in tunable(call, arrays).items():
+        progress(str(key))
+        settled = {row.key: row.best for row in rows}
+        rows.append(_tune_key(key, default, call, arrays, settled))
+        _save(device, rows[-1])
+    return TuneReport(device, tuple(rows))
+
+
+def tunable(call: Call, arrays: Sequence[Any]) -> dict[Key, Fields]:
+    """The default launches in call(arrays), found by tracing it alone; without those that the caller chose."""
+    with tuned.override(stored=False), tuned.recording() as launches:
+        jax.eval_shape(call, list(arrays))
+    return {key: tuned.fields_of(key, c.default) for key, c in launches.items() if c.source != "caller"}
+
+
+def candidates(key: Key, default: Fields) -> list[Fields]:
+    """What benchmarks.sweep found to compile without spills, for rows as wide as these or the next wider ones."""
+    as_launched = {"tf32": "tf32x3", "fp16": "bf16", "float16": "bfloat16"}
+    names = {key.precision, as_launched.get(key.precision, key.precision)}
+    if key.kernel == "prefix":
+        names = {"tf32x3" if jnp.dtype(key.precision).itemsize >= 4 else "bf16"}
+    rows = [r for r in _shipped() if (r["arch"], r["kernel"]) == (_arch(), key.kernel) and r["precision"] in names]
+    wider = [row for row in rows if row["width"] >= key.width]
+    if not wider:
+        return []
+    found = min(wider, key=lambda row: row["width"])["candidates"]
+    launches = [{name: value for name, value in launch.items() if name in default} for launch in found]
+    return [launch for launch in launches if {**default, **launch} != default]
+
+
+def _tune_key(key: Key, default: Fields, call: Call, arrays: list[Any], settled: dict[Any, Fields]) -> Tuned:
+    """Of the candidates whose results hold, the fastest; `settled` are the launches of other keys, found before."""
+    tried, rejected = candidates(key, default), []
+    runs: dict[int, Callable[[], Any]] = {-1: _compiled(call, arrays, {**settled, key: default})}
+    expected = jax.device_get(runs[-1]())
+    for number, launch in enumerate(tried):
+        try:
+            run = _compiled(call, arrays, {**settled, key: launch})
+            fault = difference(jax.device_get(run()), expected)
+        except Exception as error:  # too much shared memory, too few registers: the compiler has many names for it
+            rejected.append((launch, f"{type(error).__name__}: {str(error).splitlines()[0][:100]}"))
+            continue
+        if fault is None:
+            runs[number] = run
+            continue
+        rejected.append((launch, fault))
+        warnings.warn(f"autotune rejects {launch} for {key}: {fault}", RuntimeWarning, stacklevel=2)
+    seconds = timed(runs)
+    best = min(seconds, key=lambda number: seconds[number])
+    best = best if seconds[-1] >= GAIN * seconds[best] else -1
+    launch = default if best < 0 else {**default, **tried[best]}
+    return Tuned(key, default, launch, seconds[-1], seconds[best], len(tried), tuple(rejected))
+
+
+def _compiled(call: Call, arrays: list[Any], launches: dict[Any, Fields]) -> Callable[[], Any]:
+    with tuned.override(launches, stored=False):
+        compiled = jax.jit(lambda arrays: call(arrays)).lower(arrays).compile()
+    return partial(compiled, arrays)
+
+
+def difference(actual: Any, expected: Any) -> str | None:
+    """What of a candidate's results is not the default's, or None: each row, along the last axis, by its own error.
+
+    A whole array's error would hide a wrong row among thousands. Rows of next to nothing count as large as an
+    average row: they are differences of larger numbers.
+    """
+    pairs = zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True)
+    for number, (a, b) in enumerate(pairs):
+        if not jnp.issubdtype(b.dtype, jnp.inexact):
+            if not np.array_equal(a, b):
+                return f"result {number} differs"
+            continue
+        wide, same = np.asarray(b, np.float64), np.asarray(a == b)
+        with np.errstate(invalid="ignore"):
+            off = np.where(same, 0.0, np.asarray(a, np.float64) - wide)
+        if not np.isfinite(off).all():
+            return f"result {number} is not finite"
+        error = _worst_row(off, np.where(np.isfinite(wide), wide, 0.0))
+        if error > (limit := TOLERANCE[b.dtype.name]):
+            return f"result {number} is off by {error:.1e} in a row, {limit:.1e} allowed"
+    return None
+
+
+def _worst_row(off: np.ndarray, expected: np.ndarray) -> float:
+    rows, wanted = (np.atleast_1d(x).reshape(-1, np.atleast_1d(x).shape[-1]) for x in (off, expected))
+    size = np.sqrt((wanted**2).sum(1))
+    size = np.maximum(size, max(float(np.sqrt((size**2).mean())), 1e-30)) if size.size else size
+    return float((np.sqrt((rows**2).sum(1)) / size).max(initial=0.0))
+
+
+def timed(runs: dict[int, Callable[[], Any]]) -> dict[int, float]:
+    """Median seconds of a call of each; rounds take turns, so that what else the GPU does hits all alike."""
+    for run in runs.values():
+        jax.block_until_ready(run())
+    calls = max(1, min(1000, math.ceil(SAMPLE / max(_seconds(runs[-1], 1), 1e-9))))
+    samples: dict[int, list[float]] = {number: [] for number in runs}
+    for _ in range(ROUNDS):
+        for number, run in runs.items():
+            samples[number].append(_seconds(run, calls))
+    return {number: statistics.median(sample) for number, sample in samples.items()}
+
+
+def _seconds(run: Callable[[], Any], calls: int) -> float:
+    start = time.perf_counter()
+    out = None
+    for _ in range(calls):
+        out = run()
+    jax.block_until_ready(out)
+    return (time.perf_counter() - start) / calls
+
+
+def _save(device: str, row: Tuned) -> None:
+    """A folder that cannot be written costs the memory of what was found, not the caller's call."""
+    facts = {"seconds": row.seconds, "default_seconds": row.default_seconds, "evo_jax": __version__}
+    try:
+        date = datetime.datetime.now(datetime.UTC).date().isoformat()
+        tuned_store.save(device, row.key, row.best, {**facts, "date": date})
+    except OSError as error:
+        warnings.warn(f"autotune cannot store what it found: {error}", RuntimeWarning, stacklevel=2)
+
+
+def _drawn(number: int, x: Any) -> Any:
+    """`x`, or an array like it: normal numbers, smaller in a matrix of weights; ones; True."""
+    if not isinstance(x, jax.ShapeDtypeStruct):
+        return x
+    if not jnp.issubdtype(x.dtype, jnp.inexact):
+        return jnp.ones(x.shape, x.dtype)
+    scale = x.shape[0] ** -0.5 if len(x.shape) == 2 else 1.0
+    return (scale * jax.random.normal(jax.random.key(number), x.shape, jnp.float32)).astype(x.dtype)
+
+
+def _arch() -> str:
+    """The nearest architecture that was swept: "sm_90" from Hopper on, else "sm_80"."""
+    return "sm_90" if float(jax.devices("cuda")[0].compute_capability) >= 9 else "sm_80"
+
+
+@cache
+def _shipped() -> list[dict[str, Any]]:
+    return json.loads((tuned_store.tables() / "candidates.json").read_text(encoding="utf-8"))["rows"]
+
+
+def _row(row: Tuned) -> tuple[str, ...]:
+    changed = {name: value for name, value in row.best.items() if value != row.default[name]}
+    figures = (f"{1e3 * row.default_seconds:.3f}", f"{1e3 * row.seconds:.3f}", f"{row.gain:.2f}x")
+    return (str(row.key), _text(row.default), _text(changed) or "-", str(row.tried), str(len(row.rejected)), *figures)
+
+
+def _text(fields: Fields) -> str:
+    return " ".join(f"{name}={value}" for name, value in fields.items())

@@ -1,0 +1,75 @@
+"""EVO_AUTOTUNE=1: an operation's first call on a GPU, with a key that is not tuned yet, tunes it before it runs.
+
+That holds while a caller's function is traced, too: the kernels are timed on drawn arrays, in a thread that traces
+nothing. Nothing here happens without the variable; what was found before is used either way.
+"""
+
+import os
+import warnings
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from evo_jax.autotune import Call, tunable, tune
+from evo_jax.backend import context
+from pallas_kernels import tuned, tuned_store
+
+_SEEN: set[Any] = set()
+
+
+def before(run: partial, *args: Any) -> None:
+    """Tune run(*args) and its gradients, unless there is no need; `run` holds its statics, `mode` among them.
+
+    Of `args` only shapes and dtypes matter: lengths, segments and masks of single pairs had better be left out.
+
+    Raises:
+        ValueError: EVO_AUTOTUNE is neither 0 nor 1.
+    """
+    if not wanted() or run.keywords["mode"] not in ("triton", "platform") or tuned_store.device_kind() is None:
+        return
+    if not tuned.undisturbed() or context.value.report is not None:  # someone else is choosing, or only asking
+        return
+    leaves, tree = jax.tree.flatten(args)
+    types = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in leaves]
+    asked = (run.func, *run.keywords.items(), tree, *((x.shape, str(x.dtype)) for x in types))
+    if asked in _SEEN:
+        return
+    _SEEN.add(asked)
+    try:
+        with ThreadPoolExecutor(1) as thread:
+            thread.submit(_tune, partial(_with_gradient, run, tree), types).result()
+    except Exception as error:  # the caller's operation works without
+        warnings.warn(f"EVO_AUTOTUNE=1: {run.func.__name__} is not tuned: {error}", RuntimeWarning, stacklevel=2)
+
+
+def wanted() -> bool:
+    """Whether EVO_AUTOTUNE asks for it.
+
+    Raises:
+        ValueError: a value other than 0, 1 or none.
+    """
+    value = os.environ.get("EVO_AUTOTUNE", "")
+    if value not in ("", "0", "1"):
+        raise ValueError(f"EVO_AUTOTUNE={value!r} must be '0' or '1'")
+    return value == "1"
+
+
+def _tune(call: Call, types: list[Any]) -> None:
+    if all(map(tuned_store.has, tunable(call, types))):
+        return
+    tune(call, types)
+
+
+def _with_gradient(run: partial, tree: Any, leaves: list[Any]) -> Any:
+    """(results, gradients of all floating-point arrays), with the results as their cotangents."""
+    floats = [jnp.issubdtype(x.dtype, jnp.floating) for x in leaves]
+
+    def forward(*given: Any) -> Any:
+        left = iter(given)
+        return run(*jax.tree.unflatten(tree, [next(left) if f else x for f, x in zip(floats, leaves, strict=True)]))
+
+    out, pull = jax.vjp(forward, *(x for f, x in zip(floats, leaves, strict=True) if f))
+    return out, pull(out) if any(floats) else ()

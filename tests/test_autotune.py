@@ -1,0 +1,184 @@
+"""Tuning without a GPU: the interpreter stands for the device, and clocks are made up; test_gpu_tune.py is real."""
+
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import evo_jax
+from evo_jax import autotune_first, tune_command
+from evo_jax.__main__ import main
+from evo_jax.autotune import candidates, difference, tunable
+from evo_jax.backend import on_arrays
+from pallas_kernels import prefix_scan, tuned, tuned_store
+from pallas_kernels.tuned import Key
+
+MODULE = sys.modules["evo_jax.autotune"]
+X = np.arange(1800, dtype=np.float32).reshape(600, 3)
+FAST, SLOW, WRONG, REFUSED = ({"chunk": chunk} for chunk in (16, 32, 128, 256))
+
+
+@pytest.fixture
+def gpu(monkeypatch, tmp_path):
+    """As if a CUDA device were there, with a cache and candidates of its own."""
+    monkeypatch.setenv("EVO_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(tuned_store, "device_kind", lambda: "Some GPU")
+    monkeypatch.setattr(MODULE, "candidates", lambda key, default: [SLOW, FAST])
+    tuned_store.forget()
+    autotune_first._SEEN.clear()
+
+
+def clock_by_launch(monkeypatch, seconds):
+    """Each candidate's time is what `seconds` says of its chunk; the default's is 1."""
+    chunks = {}
+    original = MODULE._compiled
+
+    def compiled(call, arrays, launches):
+        run = original(call, arrays, launches)
+        chunks[run] = next(iter(launches.values()))["chunk"]
+        return run
+
+    monkeypatch.setattr(MODULE, "_compiled", compiled)
+    monkeypatch.setattr(MODULE, "_seconds", lambda run, calls: seconds.get(chunks[run], 1.0))
+
+
+def sum_of(x):
+    return evo_jax.prefix_sum(x, axis=0, implementation="interpret")
+
+
+def test_the_fastest_candidate_is_stored_and_used(gpu, monkeypatch):
+    clock_by_launch(monkeypatch, {16: 0.5, 32: 2.0})
+    report = evo_jax.autotune(sum_of, X)
+    (row,) = report.rows
+    assert (row.best["chunk"], row.gain, row.tried, row.rejected) == (16, 2.0, 2, ())
+    assert "chunk=16" in str(report) and "2.00x" in str(report)
+    tuned_store.forget()
+    default = tuned.choose(row.key, prefix_scan.prefix_launch(False, interpret=False))
+    assert (default.chunk, default.block) == (16, 64)
+
+
+def test_a_gain_within_noise_leaves_the_default(gpu, monkeypatch):
+    clock_by_launch(monkeypatch, {16: 0.99, 32: 2.0})
+    (row,) = evo_jax.autotune(sum_of, X).rows
+    assert row.best == row.default and row.gain == 1 and tuned_store.has(row.key)
+
+
+def test_a_wrong_candidate_is_rejected_by_name_however_fast(gpu, monkeypatch):
+    clock_by_launch(monkeypatch, {128: 0.1, 256: 0.1, 16: 0.5})
+    monkeypatch.setattr(MODULE, "candidates", lambda key, default: [WRONG, REFUSED, FAST])
+    original = prefix_scan.exclusive_carries
+
+    def faulty(totals):
+        chunks = totals.shape[1]
+        if chunks == -(-len(X) // 256):
+            raise RuntimeError("RESOURCE_EXHAUSTED: shared memory\nand a long trace")
+        return original(totals) * jnp.float32(chunks != -(-len(X) // 128))
+
+    monkeypatch.setattr(prefix_scan, "exclusive_carries", faulty)
+    with pytest.warns(RuntimeWarning, match=r"rejects \{'chunk': 128\} for prefix float32.*off by"):
+        (row,) = evo_jax.autotune(sum_of, X).rows
+    assert row.best["chunk"] == 16
+    assert row.rejected[1] == (REFUSED, "RuntimeError: RESOURCE_EXHAUSTED: shared memory")
+
+
+@pytest.mark.parametrize(
+    ("change", "fault"),
+    [
+        (lambda x: x, None),
+        (lambda x: x * (1 + 2**-14), None),
+        (lambda x: x.at[7].multiply(1.01), "in a row, 9.8e-04 allowed"),
+        (lambda x: x.at[7, 3].set(jnp.nan), "not finite"),
+        (lambda x: x.at[7, 3].set(-jnp.inf), "not finite"),
+    ],
+)
+def test_a_wrong_row_among_many_is_a_difference(change, fault):
+    x = jax.random.normal(jax.random.key(0), (4096, 16)).at[0].set(-jnp.inf)
+    found = difference({"a": change(x)}, {"a": x})
+    assert found is None if fault is None else fault in found
+
+
+def test_a_sum_of_half_precision_may_round_otherwise_and_integers_may_not():
+    x = jax.random.normal(jax.random.key(0), (64, 16), jnp.bfloat16)
+    assert difference(x * jnp.bfloat16(1.004), x) is None
+    assert difference(jnp.arange(3) + 1, jnp.arange(3)) == "result 0 differs"
+
+
+def test_other_keys_keep_what_was_found_before(gpu, monkeypatch):
+    """The second kernel is timed under the first one's best launch, and both are stored."""
+    seen = []
+    original = MODULE._compiled
+    monkeypatch.setattr(MODULE, "_compiled", lambda *args: (seen.append(args[2]), original(*args))[1])
+    clock_by_launch(monkeypatch, {16: 0.5})
+    report = evo_jax.autotune(lambda x: (sum_of(x), sum_of(x.T)), X)
+    first, second = report.rows
+    assert all(launches[first.key] == first.best for launches in seen if second.key in launches)
+    assert len({path for path in tuned_store.folder().rglob("*.json")}) == 2
+
+
+def test_a_launch_of_the_callers_is_not_tuned():
+    q = jax.ShapeDtypeStruct((1, 64, 2, 16), jnp.float32)
+    options = {"is_causal": True, "implementation": "interpret"}
+    fn = lambda q, **own: evo_jax.flash_attention(q, q, q, **options, **own)  # noqa: E731
+    assert len(tunable(*on_arrays(fn, (q,), {}))) == 1
+    assert not tunable(*on_arrays(fn, (q,), {"block_q": 32}))
+
+
+def test_without_a_gpu_it_says_so(capsys):
+    with pytest.raises(RuntimeError, match="no CUDA device"):
+        evo_jax.autotune(sum_of, X)
+    assert main(["tune", "--op", "flash"]) == 1
+    assert capsys.readouterr().err == "tune: kernels are timed on a GPU, and JAX sees no CUDA device\n"
+
+
+@pytest.mark.parametrize("arguments", [["--op", "sum"], ["--head-dim", "0"], ["--length", "x"]])
+def test_bad_arguments_of_the_command_are_one_line(arguments, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        main(["tune", *arguments])
+    assert "error: argument" in capsys.readouterr().err.splitlines()[-1]
+
+
+@pytest.mark.parametrize("op", tune_command.OPS)
+def test_every_problem_of_the_command_launches_kernels(op):
+    call, arrays = tune_command.problem(op, "bfloat16", 64, 4096, heads=2, batch=1)
+    with evo_jax.backend("interpret"):
+        kernels = {key.kernel for key in tunable(call, arrays)}
+    family = {"evo": "evo", "linear": "linear", "prefix_sum": "prefix", "decode": "attend_decode"}.get(op, "attend")
+    assert kernels and all(kernel.startswith(family) for kernel in kernels)
+
+
+def test_the_variable_tunes_under_jit_once_per_key(gpu, monkeypatch):
+    tuned_calls = []
+    monkeypatch.setattr(autotune_first, "tune", lambda call, types: tuned_calls.append(tunable(call, types)))
+    run = jax.jit(lambda x: evo_jax.prefix_sum(x, axis=0, implementation="triton"))
+    x = jax.ShapeDtypeStruct(X.shape, X.dtype)
+    run.trace(x)
+    assert not tuned_calls, "nothing without the variable"
+    jax.clear_caches()
+    monkeypatch.setenv("EVO_AUTOTUNE", "1")
+    run.trace(x)
+    jax.jit(lambda x: run(x) + 1).trace(x)
+    (keys,) = tuned_calls
+    assert {key.kernel for key in keys} == {"prefix"}
+    jax.clear_caches()
+    with tuned.override({"prefix": {"chunk": 16}}):
+        run.trace(jax.ShapeDtypeStruct((9999, 3), jnp.float32))
+    assert len(tuned_calls) == 1, "who overrides launches wants no others"
+
+
+def test_a_bad_variable_is_an_error(monkeypatch):
+    monkeypatch.setenv("EVO_AUTOTUNE", "yes")
+    with pytest.raises(ValueError, match="EVO_AUTOTUNE='yes' must be '0' or '1'"):
+        autotune_first.wanted()
+
+
+def test_candidates_are_those_of_rows_as_wide_or_wider(monkeypatch):
+    rows = [
+        {"arch": "sm_90", "kernel": "prefix", "precision": "bf16", "width": width, "candidates": [{"chunk": width}]}
+        for width in (64, 128)
+    ]
+    monkeypatch.setattr(MODULE, "_shipped", lambda: rows)
+    monkeypatch.setattr(MODULE, "_arch", lambda: "sm_90")
+    found = [candidates(Key.of("prefix", "bfloat16", width, 1, "inner"), {"chunk": 64}) for width in (64, 80, 200)]
+    assert found == [[], [{"chunk": 128}], []]
