@@ -1,6 +1,7 @@
-"""Contenders for EvoAttention and prefix sums: evo_jax by implementation, and the original's mathematics in torch."""
+"""Contenders in JAX and in torch from a problem and a function of its arrays."""
 
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
@@ -8,108 +9,93 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-import evo_jax
-from benchmarks.shapes import EvoShape
+from benchmarks.problems import Arrays, Problem, results
 from benchmarks.timing import Contender
-from evo_jax import EvoParams
-
-# Relative L2 that two right implementations may differ by: the operation is ill-conditioned where r has denominator 0.
-EVO_TOLERANCES = {
-    "float32": {"out": 1e-4, "v": 1e-2, **dict.fromkeys(EvoParams._fields, 1e-2)},
-    "bfloat16": {"out": 2e-2, "v": 6e-2, **dict.fromkeys(EvoParams._fields, 1e-1)},
-}
-
-
-def evo_arrays(shape: EvoShape) -> tuple[jax.Array, EvoParams, jax.Array]:
-    """v, params and a cotangent of standard normal values."""
-    keys = jax.random.split(jax.random.key(0), 3)
-    v, cotangent = (jax.random.normal(key, shape.v, jnp.float32).astype(shape.dtype) for key in keys[:2])
-    return v, evo_jax.init_evo_params(keys[2], shape.width, jnp.dtype(shape.dtype)), cotangent
-
-
-def jax_evo(shape: EvoShape, gradient: bool, implementation: str | None) -> Contender:
-    """evo_attention, jitted: the output, or output and every gradient."""
-    v, params, cotangent = evo_arrays(shape)
-    forward = partial(evo_jax.evo_attention, implementation=implementation)
-
-    def both(v: jax.Array, params: EvoParams, cotangent: jax.Array) -> Any:
-        out, vjp = jax.vjp(forward, v, params)
-        return out, *vjp(cotangent)
-
-    fn = jax.jit(both) if gradient else jax.jit(lambda v, params, _: (forward(v, params),))
-    run = partial(wait, fn, v, params, cotangent)
-
-    def result() -> dict[str, np.ndarray]:
-        out, *grads = run()
-        named = {"v": grads[0], **grads[1]._asdict()} if grads else {}
-        return {name: np.asarray(a, np.float32) for name, a in {"out": out, **named}.items()}
-
-    return Contender(f"evo_jax {implementation or 'auto'}", run, result)
-
-
-def torch_evo(shape: EvoShape, gradient: bool, device: str = "cpu") -> Contender:
-    """The original's mathematics in eager torch, two threads on a CPU."""
-    import torch
-
-    from benchmarks import peers
-
-    v, params, cotangent = evo_arrays(shape)
-    dtype = getattr(torch, shape.dtype)
-    tensor = partial(torch_tensor, dtype=dtype, device=device)
-    values, weight = tensor(v), tensor(cotangent)
-    weights = {
-        name: a.detach().to(device, dtype).requires_grad_()
-        for name, a in peers.torch_weights(EvoParams(*(p.astype(jnp.float32) for p in params))).items()
-    }
-
-    def compute() -> Any:
-        if gradient:
-            return peers.torch_evo_gradients(values, weights, weight)
-        with torch.no_grad():
-            return peers.torch_evo(values, weights)
-
-    def run() -> Any:
-        done = compute()
-        if device != "cpu":
-            torch.cuda.synchronize()
-        return done
-
-    def result() -> dict[str, np.ndarray]:
-        def numpy(a: Any) -> np.ndarray:
-            return a.detach().float().cpu().numpy()
-
-        with torch.no_grad():
-            named = {"out": numpy(peers.torch_evo(values, weights))}
-        if gradient:
-            d_v, d_weights = run()
-            turned = {name: numpy(d).T if name.endswith("kernel") else numpy(d) for name, d in d_weights.items()}
-            named |= {"v": numpy(d_v), **turned}
-        return named
-
-    return Contender("torch", peers.two_threads(run) if device == "cpu" else run, result)
-
-
-def jax_prefix(shape: EvoShape, name: str, fn: Callable[[jax.Array], jax.Array]) -> Contender:
-    """Any jitted function of x = (B, H, L, D)."""
-    run = partial(wait, jax.jit(fn), evo_arrays(shape)[0])
-    return Contender(name, run, lambda: {"out": np.asarray(run(), np.float32)})
-
-
-def torch_prefix(shape: EvoShape) -> Contender:
-    """torch.cumsum on a CPU with two threads."""
-    from benchmarks import peers
-
-    x = torch_tensor(evo_arrays(shape)[0], dtype=None, device="cpu")
-    run = peers.two_threads(lambda: peers.torch_prefix_sum(x))
-    return Contender("torch", run, lambda: {"out": peers.torch_prefix_sum(x).numpy()})
-
-
-def torch_tensor(array: jax.Array, dtype: Any, device: str) -> Any:
-    import torch
-
-    tensor = torch.from_numpy(np.array(array.astype(jnp.float32)))
-    return tensor if dtype is None else tensor.to(device, dtype)
 
 
 def wait(fn: Callable[..., Any], *args: Any) -> Any:
     return jax.block_until_ready(fn(*args))
+
+
+def jax_contender(name: str, given: Problem, function: Callable[[Arrays], jax.Array]) -> Contender:
+    """The function, or it and its gradients, compiled."""
+    return compiled_contender(
+        name, partial(results, function, given.gradient), given.arrays, given.cotangent.astype(given.shape.dtype)
+    )
+
+
+def compiled_contender(name: str, function: Callable[..., Mapping[str, jax.Array]], *args: Any) -> Contender:
+    """Any function of these arguments that returns named arrays."""
+    compiled = jax.jit(function).lower(*args).compile()
+    run = partial(wait, compiled, *args)
+    memory: Any = compiled.memory_analysis()
+
+    def repeat(calls: int) -> None:
+        jax.block_until_ready([compiled(*args) for _ in range(calls)][-1])
+
+    return Contender(
+        name,
+        run,
+        lambda: {key: np.asarray(a, np.float32) for key, a in run().items()},
+        None if jax.default_backend() == "cpu" else repeat,  # a CPU would run several at once
+        None if memory is None else memory.temp_size_in_bytes,
+    )
+
+
+def torch_tensor(array: jax.Array, dtype: Any = None, device: str = "cpu") -> Any:
+    import torch
+
+    tensor = torch.from_numpy(np.array(array.astype(jnp.float32)))
+    return tensor.to(device, tensor.dtype if dtype is None else dtype)
+
+
+def torch_contender(
+    name: str, given: Problem, function: Callable[[dict[str, Any]], Any], backward: bool = True
+) -> Contender:
+    """A function of the arrays as tensors, those of attention as (B, H, L, D), on the device that JAX uses.
+
+    Raises:
+        NotImplementedError: gradients are wanted, and it has no `backward`.
+    """
+    import torch
+
+    if given.gradient and not backward:
+        raise NotImplementedError("it has no backward here")
+    device = "cpu" if jax.default_backend() == "cpu" else "cuda"
+    turn = (lambda a: a) if given.heads_first else (lambda a: a.transpose(1, 2) if a.ndim == 4 else a)
+    tensor = partial(torch_tensor, dtype=getattr(torch, given.shape.dtype), device=device)
+    tensors = {key: turn(tensor(a)).contiguous() for key, a in given.arrays.items()}
+    cotangent = turn(tensor(given.cotangent)).contiguous()
+
+    def compute() -> dict[str, Any]:
+        if not given.gradient:
+            with torch.no_grad():
+                return {"out": function(tensors)}
+        leaves = {key: a.detach().requires_grad_() for key, a in tensors.items()}
+        out = function(leaves)
+        return {"out": out} | dict(zip(leaves, torch.autograd.grad(out, list(leaves.values()), cotangent), strict=True))
+
+    return torch_calls(name, compute, lambda a: turn(a).detach().float().cpu().numpy(), device)
+
+
+def torch_calls(name: str, compute: Callable[[], dict[str, Any]], to_numpy: Any, device: str) -> Contender:
+    """`compute` as a contender: with as many threads as JAX has on a CPU, waited for on a GPU."""
+    import torch
+
+    def run() -> dict[str, Any]:
+        if device == "cpu":
+            torch.set_num_threads(len(os.sched_getaffinity(0)))
+            return compute()
+        done = compute()
+        torch.cuda.synchronize()
+        return done
+
+    def repeat(calls: int) -> None:
+        for _ in range(calls):
+            compute()
+        torch.cuda.synchronize()
+
+    def result() -> dict[str, np.ndarray]:
+        return {key: to_numpy(a) for key, a in run().items()}
+
+    return Contender(name, run, result, None if device == "cpu" else repeat)

@@ -1,5 +1,6 @@
 """Generation on a CPU: what a token costs after a short prompt and after a long one, layer by layer."""
 
+import statistics
 from typing import Any
 
 import jax
@@ -8,7 +9,7 @@ import numpy as np
 from flax import nnx
 
 import evo_jax
-from benchmarks.timing import Contender, GateError, compare
+from benchmarks.timing import Contender, GateError, interleave, spread
 
 WIDTH, HEADS, VOCABULARY = 512, 8, 256
 SHORT, NEW = 64, 256
@@ -57,6 +58,17 @@ def row(kind: str, long: int, rounds: int) -> dict[str, Any]:
             raise GateError(f"generate {kind} after {length}: tokens differ from those of the whole sequence")
         return Contender(f"after {length}", run, dict)
 
-    result = compare(f"generate {NEW} tokens, {kind}", [contender(n) for n in (SHORT, long)], {}, rounds)
-    per_token = {name: 1e9 * seconds / NEW for name, seconds in result["median_s"].items()}
-    return result | {"ns_per_token": per_token[f"after {long}"]}
+    samples = interleave([contender(n) for n in (SHORT, long)], rounds)
+    entries = {
+        name: {
+            "status": "ok",
+            "median_s": statistics.median(times),
+            "spread": spread(times),
+            "samples_s": times,
+            "ns_per_token": 1e9 * statistics.median(times) / NEW,
+        }
+        for name, times in samples.items()
+    }
+    shape = {"batch": 1, "heads": HEADS, "length": long, "width": WIDTH // HEADS, "dtype": "float32"}
+    row = {"case": f"generate {NEW} tokens, {kind}", "op": "generate", "passes": kind, "shape": shape}
+    return row | {"flops": None, "bytes": None, "contenders": entries}

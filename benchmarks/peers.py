@@ -1,123 +1,120 @@
-"""The original systems' mathematics in eager torch, as they run it on a CPU: what our timings are compared with."""
+"""Everything that an operation is measured against: {name: how to make it}, each peer only where it can be imported."""
 
-from collections.abc import Callable, Mapping
+import importlib.util
+from collections.abc import Callable
+from functools import partial
+from typing import Any
 
-import numpy as np
-import torch
-from torch.nn import functional
+import jax
+import jax.numpy as jnp
 
-from reference.evo_params import EvoParams
+from benchmarks.contenders import jax_contender
+from benchmarks.problems import WINDOW, Arrays, Problem, evo_params, ours, visible
+from benchmarks.timing import Contender
+from reference.evo import evo_dense
+from reference.evo_params import EvoSpec
+from reference.linear import LinearSpec, linear_dense
 
-Weights = Mapping[str, torch.Tensor]
-
-
-def torch_weights(params: EvoParams) -> dict[str, torch.Tensor]:
-    """The same parameters in torch's layout (out, in), ready for gradients."""
-    arrays = {name: np.array(value) for name, value in params._asdict().items()}
-    layout = {name: a.T.copy() if name.endswith("kernel") else a for name, a in arrays.items()}
-    return {name: torch.from_numpy(a).requires_grad_() for name, a in layout.items()}
-
-
-def torch_prefix_sum(x: torch.Tensor) -> torch.Tensor:
-    """torch.cumsum along the tokens of (B, H, L, D)."""
-    return torch.cumsum(x, dim=2)
+Make = Callable[[], Contender]
+_GPU_PALLAS = "jax.experimental.pallas.ops.gpu.attention"
 
 
-def torch_evo(v: torch.Tensor, weights: Weights, causal: bool = True) -> torch.Tensor:
-    """EvoAttention without a mask, (B, H, L, D) -> (B, H, L, D); formulas of SEMANTICS section 1."""
+def contenders(given: Problem, originals: bool = False) -> dict[str, Make]:
+    """Ours first. A peer that cannot do this case raises when it is made, and the report says so."""
+    gpu = jax.default_backend() != "cpu"
+    names = ("triton", "reference") if gpu else ("reference",)
+    if gpu and given.op == "prefix_sum" and given.shape.length > 2**17:
+        names = ("triton",)
+    found: dict[str, Make] = {
+        f"evo_jax {how}": partial(jax_contender, f"evo_jax {how}", given, ours(given, how)) for how in names
+    }
+    found |= {name: partial(jax_contender, name, given, function) for name, function in _jax_peers(given, gpu).items()}
+    if present("torch") and _torch_fits(gpu):
+        from benchmarks import peers_torch
 
-    def lin(name: str, a: torch.Tensor) -> torch.Tensor:
-        return functional.linear(a, weights[f"{name}_kernel"], weights[f"{name}_bias"])
+        found |= peers_torch.peers(given, gpu)
+        if not present("fla"):
+            found.pop("flash-linear-attention", None)
+        if originals and given.op == "evo":
+            from benchmarks.originals import evo
 
-    alive = (v.abs().sum(dim=-1, keepdim=True) > 0).to(v.dtype)
-    length = v.shape[2]
-    if causal:
-        c = torch.cumsum(v, dim=2)
-        count = torch.arange(1, length + 1, dtype=v.dtype, device=v.device).view(1, 1, length, 1)
-        s = torch.cumsum(torch.sigmoid(lin("gate", c / count)) * v, dim=2)
-    else:
-        c = v.sum(dim=2, keepdim=True)
-        s = torch.sigmoid(lin("gate", c / length)) * c
-    denominator = s.abs() + lin("local", v).abs() + 1e-8
-    gate = functional.silu(lin("q", v) / denominator) * v
-    y = torch.sigmoid(lin("final", gate)) * c * alive
-    return functional.layer_norm(y, y.shape[-1:], weights["norm_scale"], weights["norm_bias"], 1e-5)
-
-
-def torch_evo_gradients(
-    v: torch.Tensor, weights: Weights, cotangent: torch.Tensor
-) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """Forward and backward of torch_evo: the gradients of v and of every weight."""
-    v = v.detach().requires_grad_()
-    names = list(weights)
-    grads = torch.autograd.grad(torch_evo(v, weights), [v, *weights.values()], cotangent)
-    return grads[0], dict(zip(names, grads[1:], strict=True))
+            found["original evo-attn"] = partial(evo, given)
+    return found
 
 
-Attention = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]  # of (B, H, L, D) arrays
+def present(module: str) -> bool:
+    """Whether it is installed, without importing it."""
+    return importlib.util.find_spec(module) is not None
 
 
-def torch_layer(x: torch.Tensor, weights: Weights, heads: int, attention: Attention) -> torch.Tensor:
-    """Projections of (B, L, E), attention, output projection."""
-
-    def split(name: str) -> torch.Tensor:
-        return functional.linear(x, weights[name]).view(*x.shape[:2], heads, -1).transpose(1, 2)
-
-    out = attention(split("q_proj"), split("k_proj"), split("v_proj"))
-    return functional.linear(out.transpose(1, 2).reshape(x.shape), weights["o_proj"])
+def absent() -> list[str]:
+    """Which libraries of peers this environment lacks."""
+    return [name for name in ("torch", "fla", "tokamax") if not present(name)]
 
 
-def torch_linear(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-    """Causal linear attention with elu + 1, one token after the other."""
-    query, key = functional.elu(query) + 1, functional.elu(key) + 1
-    kv = torch.zeros(*query.shape[:2], query.shape[3], value.shape[3], dtype=value.dtype, device=value.device)
-    z = torch.zeros_like(query[:, :, 0])
-    outs = []
-    for t in range(query.shape[2]):
-        k, q = key[:, :, t], query[:, :, t]
-        kv = kv + k.unsqueeze(-1) * value[:, :, t].unsqueeze(-2)
-        z = z + k
-        numerator = torch.matmul(q.unsqueeze(-2), kv).squeeze(-2)
-        outs.append(numerator / ((q * z).sum(-1, keepdim=True) + 1e-6))
-    return torch.stack(outs, dim=2)
+def _torch_fits(gpu: bool) -> bool:
+    """torch for the CPU is no peer on a GPU."""
+    if not gpu:
+        return True
+    import torch
+
+    return torch.cuda.is_available()
 
 
-def torch_masked(visible: torch.Tensor) -> Attention:
-    """Softmax over all L x L scores under a mask (heads or 1, L, L), which the original makes anew in every call."""
-
-    def attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-        scores = torch.matmul(query, key.transpose(-2, -1)) * query.shape[-1] ** -0.5
-        return torch.matmul(torch.softmax(scores.masked_fill(~visible, float("-inf")), dim=-1), value)
-
-    return attention
-
-
-def torch_sdpa(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-    """torch's own causal attention."""
-    return functional.scaled_dot_product_attention(query, key, value, is_causal=True)
-
-
-def torch_flex(window: int, length: int) -> Attention:
-    """torch's compiled FlexAttention over a causal window; on a CPU it has no backward, and needs a C++ compiler."""
-    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
-
-    def sees(_b: torch.Tensor, _h: torch.Tensor, i: torch.Tensor, j: torch.Tensor) -> torch.Tensor:
-        return (i >= j) & (i - j < window)
-
-    mask = create_block_mask(sees, None, None, length, length, device="cpu")
-    compiled = torch.compile(flex_attention)
-
-    def attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-        return compiled(query, key, value, block_mask=mask)  # type: ignore[return-value]
-
-    return attention
+def _jax_peers(given: Problem, gpu: bool) -> dict[str, Callable[[Arrays], Any]]:
+    length = given.shape.length
+    if given.op == "prefix_sum":
+        return {
+            "jnp.cumsum": lambda a: jnp.cumsum(a["x"], axis=2, dtype=jnp.float32).astype(a["x"].dtype),
+            "lax.associative_scan": lambda a: jax.lax.associative_scan(
+                jnp.add, a["x"].astype(jnp.float32), axis=2
+            ).astype(a["x"].dtype),
+        }
+    if given.op == "evo":
+        return {"jnp formulas": lambda a: evo_dense(a["v"], None, evo_params(a), None, EvoSpec())}
+    if given.op == "linear":
+        dense = lambda a: linear_dense(a["query"], a["key"], a["value"], None, None, LinearSpec())[0]  # noqa: E731
+        return {"jnp formulas, L x L": dense} if length <= 2048 else {}
+    return _softmax_peers(given, gpu)
 
 
-def two_threads(function: Callable[[], object]) -> Callable[[], object]:
-    """The function with torch held to two threads."""
+def _softmax_peers(given: Problem, gpu: bool) -> dict[str, Callable[[Arrays], Any]]:
+    def call(function: Any, **options: Any) -> Callable[[Arrays], Any]:
+        return lambda a: function(a["query"], a["key"], a["value"], **options)
 
-    def run() -> object:
-        torch.set_num_threads(2)
-        return function()
+    jax_nn: dict[str, Any] = {"is_causal": True}
+    if given.op == "sliding_window":
+        jax_nn["local_window_size"] = (WINDOW - 1, 0)
+    plain, found = given.op in ("flash", "sliding_window"), {}
+    if given.shape.length <= 8192:
+        found["jax.nn xla"] = lambda a: call(jax.nn.dot_product_attention, **(jax_nn if plain else _mask(given)))(a)
+    if gpu and plain and given.shape.dtype != "float32":
+        found["jax.nn cudnn"] = call(jax.nn.dot_product_attention, implementation="cudnn", **jax_nn)
+    if gpu and given.op == "flash":
+        found["jax pallas.ops.gpu"] = _pallas_attention
+    if gpu and plain and present("tokamax"):
+        for name in ("triton", "mosaic"):
+            found[f"tokamax {name}"] = partial(_tokamax, name, jax_nn)
+    return found
 
-    return run
+
+def _mask(given: Problem) -> dict[str, Any]:
+    """XLA over all L x L scores, which is what there is for a pattern that jax.nn does not know."""
+    return {"mask": visible(given.op, given.shape)[None], "implementation": "xla"}
+
+
+def _pallas_attention(a: Arrays) -> Any:
+    import warnings
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        attention: Any = importlib.import_module(_GPU_PALLAS)
+    width = a["query"].shape[3]
+    return attention.mha(a["query"], a["key"], a["value"], segment_ids=None, sm_scale=width**-0.5, causal=True)
+
+
+def _tokamax(implementation: str, options: dict[str, Any], a: Arrays) -> Any:
+    import tokamax  # type: ignore[import-not-found]
+
+    attention = tokamax.dot_product_attention
+    return attention(a["query"], a["key"], a["value"], implementation=implementation, **options)

@@ -3,7 +3,7 @@
 import math
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,18 +13,50 @@ SETTLE = 0.02  # seconds before a sample: thread pools spin for a while after th
 LONG = 1.0  # seconds of a call that needs no other before it
 SAMPLE = 0.05  # seconds that a sample lasts at least: short calls follow each other, as in a training loop
 
+Results = Mapping[str, np.ndarray]
+
 
 @dataclass(frozen=True, slots=True)
 class Contender:
-    """One way to compute a case: `run()` returns when the work is done; `result()` gives numpy arrays to compare."""
+    """One way to compute a case.
+
+    Args:
+        run: one call, which returns when the work is done.
+        result: arrays to compare, by name.
+        repeat: so many calls, queued one after the other where the device works by itself; None: `run` so many times.
+        temp_bytes: what the compiler says it needs besides arguments and results.
+    """
 
     name: str
     run: Callable[[], Any]
     result: Callable[[], dict[str, np.ndarray]]
+    repeat: Callable[[int], Any] | None = None
+    temp_bytes: int | None = None
 
 
 class GateError(AssertionError):
     """Two contenders disagree: there is nothing to time."""
+
+
+def errors_of(actual: Results, expected: Results) -> dict[str, float]:
+    """Relative L2 difference of each expected array; infinite for one that is missing, NaN where NaN is."""
+    errors = {}
+    for name, wanted in expected.items():
+        wide = np.asarray(wanted, np.float64)
+        if name not in actual or np.shape(actual[name]) != wide.shape:
+            errors[name] = math.inf
+            continue
+        difference = np.linalg.norm(np.asarray(actual[name], np.float64) - wide)
+        errors[name] = float(difference / max(np.linalg.norm(wide), 1e-300))
+    return errors
+
+
+def fault_of(errors: Mapping[str, float], tolerances: Mapping[str, float]) -> str | None:
+    """What is wrong, or None; an array that has no tolerance is not judged."""
+    for name, error in errors.items():
+        if name in tolerances and not error <= tolerances[name]:
+            return f"{name} differs by {error:.1e} in L2, {tolerances[name]:.0e} allowed"
+    return None
 
 
 def gate(contenders: Sequence[Contender], tolerances: dict[str, float]) -> dict[str, float]:
@@ -32,43 +64,57 @@ def gate(contenders: Sequence[Contender], tolerances: dict[str, float]) -> dict[
     first, *others = (contender.result() for contender in contenders)
     worst = {name: 0.0 for name in first}
     for contender, result in zip(contenders[1:], others, strict=True):
-        for name, expected in first.items():
-            wide, actual = np.asarray(expected, np.float64), np.asarray(result[name], np.float64)
-            error = float(np.linalg.norm(actual - wide) / max(np.linalg.norm(wide), 1e-300))
-            if not error <= tolerances[name]:
-                raise GateError(
-                    f"{contender.name}: {name} differs by {error:.1e} in L2, {tolerances[name]:.0e} allowed"
-                )
-            worst[name] = max(worst[name], error)
+        errors = errors_of(result, first)
+        if (fault := fault_of(errors, tolerances)) is not None:
+            raise GateError(f"{contender.name}: {fault}")
+        worst = {name: max(worst[name], error) for name, error in errors.items()}
     return worst
 
 
-def interleave(contenders: Sequence[Contender], rounds: int, warmup: int = 2) -> dict[str, list[float]]:
+def interleave(
+    contenders: Sequence[Contender], rounds: int, warmup: int = 2, seconds: float = math.inf
+) -> dict[str, list[float]]:
     """Seconds per call, one sample per round: rounds take turns, so that what else the machine does hits all alike.
 
-    All contenders make the same number of calls in a sample, enough for the fastest to fill SAMPLE. An untimed call
-    comes first, unless it takes seconds: what another contender left in caches and in the allocator is not ours.
+    A sample is as many calls as fill SAMPLE. A contender gets fewer rounds, at least one, where they would take it more
+    than `seconds`. An untimed call comes before each, unless it takes seconds: what another contender left in caches
+    and in the allocator is not ours.
     """
     for contender in contenders:
         for _ in range(warmup):
             contender.run()
     once = {contender.name: _seconds(contender, 1) for contender in contenders}
-    calls = max(1, math.ceil(SAMPLE / min(once.values())))
+    calls = {name: max(1, math.ceil(SAMPLE / took)) for name, took in once.items()}
+    turns = {name: max(1, int(min(rounds, seconds / (calls[name] * took)))) for name, took in once.items()}
     samples: dict[str, list[float]] = {contender.name: [] for contender in contenders}
-    for _ in range(rounds):
+    for number in range(rounds):
         for contender in contenders:
-            if once[contender.name] < LONG:
+            name = contender.name
+            if number >= turns[name]:
+                continue
+            if once[name] < LONG:
                 contender.run()
             time.sleep(SETTLE)
-            samples[contender.name].append(_seconds(contender, calls))
+            samples[name].append(_seconds(contender, calls[name]))
     return samples
 
 
 def _seconds(contender: Contender, calls: int) -> float:
     start = time.perf_counter()
-    for _ in range(calls):
-        contender.run()
+    if contender.repeat is not None:
+        contender.repeat(calls)
+    else:
+        for _ in range(calls):
+            contender.run()
     return (time.perf_counter() - start) / calls
+
+
+def spread(samples: Sequence[float]) -> float:
+    """Half the distance between the quartiles, as a share of the median; 0 of a single sample."""
+    if len(samples) < 2:
+        return 0.0
+    first, median, third = np.percentile(samples, [25, 50, 75])
+    return float((third - first) / 2 / median)
 
 
 def compare(

@@ -1,21 +1,32 @@
-"""The benchmark harness: a wrong contender is never timed, rounds interleave, reports say where they were made."""
+"""The benchmark harness: what is wrong is reported and never timed, and an interrupted run keeps what it has."""
 
 import json
+import os
+import signal
 import time
 
 import numpy as np
 import pytest
 
-from benchmarks import timing
+from benchmarks import decoding, layers, measure, peak, problems, run, shapes, suites, tables, timing
+from benchmarks.measure import Case, Effort
 from benchmarks.run import main
+from benchmarks.shapes import Shape
 from benchmarks.timing import Contender, GateError, compare, gate, interleave
+from reference.mask import Mask, allowed
+
+SMALL = Shape(1, 2, 48, 16)
+QUICK = Effort(rounds=2, seconds=0.001, growth=False)
+
+
+@pytest.fixture(autouse=True)
+def without_waiting(monkeypatch):
+    monkeypatch.setattr(timing, "SAMPLE", 0)
+    monkeypatch.setattr(timing, "SETTLE", 0)
 
 
 def _contender(name, value, calls):
-    def run():
-        calls.append(name)
-
-    return Contender(name, run, lambda: {"out": np.full(4, value)})
+    return Contender(name, lambda: calls.append(name), lambda: {"out": np.full(4, value)})
 
 
 @pytest.mark.parametrize("wrong", [1.1, np.nan])
@@ -32,8 +43,7 @@ def test_the_gate_reports_the_largest_difference():
     assert gate(pair, {"out": 1e-2})["out"] == pytest.approx(1e-3)
 
 
-def test_rounds_interleave(monkeypatch):
-    monkeypatch.setattr(timing, "SAMPLE", 0)
+def test_rounds_interleave():
     calls = []
     samples = interleave([_contender("a", 1, calls), _contender("b", 1, calls)], rounds=3, warmup=1)
     assert calls == ["a", "b"] * 2 + ["a", "a", "b", "b"] * 3  # warm-up, a look at the duration, three rounds
@@ -48,18 +58,197 @@ def test_a_sample_is_many_short_calls_and_counts_one(monkeypatch):
     assert 6 <= len(calls) <= 23 and all(0.001 <= s < 0.01 for s in seconds)
 
 
-def test_cpu_suite_writes_a_report(tmp_path, capsys, monkeypatch):
-    """Some of the real suite: ours agrees with the original's mathematics in torch, gradients too."""
-    monkeypatch.setattr(timing, "SAMPLE", 0)
+def test_a_slow_contender_gets_fewer_rounds_and_others_all():
+    slow, fast = (Contender(name, lambda s=s: time.sleep(s), dict) for name, s in (("slow", 0.02), ("fast", 0.0)))
+    samples = interleave([slow, fast], rounds=5, warmup=0, seconds=0.045)
+    assert len(samples["slow"]) in (1, 2) and len(samples["fast"]) == 5
+
+
+def _case(**values):
+    """A prefix sum whose contenders give these values: a number, or an exception to raise."""
+
+    def make(name, value):
+        if isinstance(value, Exception):
+            raise value
+        return Contender(name, lambda: calls.append(name), lambda: {"out": np.full(3, value)})
+
+    calls = []
+    given = problems.problem("prefix_sum", SMALL, False)
+    makers = {name: lambda name=name, value=value: make(name, value) for name, value in values.items()}
+    return Case(given, makers, lambda: {"out": np.ones(3)}), calls
+
+
+def test_a_row_reports_what_is_wrong_or_fails_and_times_the_rest():
+    values = {"wrong": 2.0, "nan": np.nan, "absent": ImportError("no such peer"), "evo_jax": 1.0, "peer": 1.0}
+    case, calls = _case(**values)
+    row = measure.measure(case, QUICK, {"copy_bytes_per_s": 1e9, "flops_per_s": {"float32": 1e12}})
+    entries = row["contenders"]
+    assert {name: entry["status"] for name, entry in entries.items()} == {
+        "wrong": "wrong",
+        "nan": "wrong",
+        "absent": "failed",
+        "evo_jax": "ok",
+        "peer": "ok",
+    }
+    assert set(calls) == {"evo_jax", "peer"} and "median_s" not in entries["wrong"]
+    assert entries["absent"]["reason"] == "ImportError: no such peer"
+    assert entries["nan"]["errors"]["out"] is None  # JSON has no NaN
+    seconds, moved = entries["peer"]["median_s"], 2 * 4 * 2 * 48 * 16
+    assert entries["peer"]["bytes_per_s"] == pytest.approx(moved / seconds)
+    assert entries["peer"]["share_of_copy"] == pytest.approx(moved / seconds / 1e9)
+    json.dumps(row, allow_nan=False)
+    assert not run.ours_failed(row)
+    assert run.ours_failed(measure.measure(_case(evo_jax=3.0)[0], QUICK, {}))
+
+
+@pytest.mark.parametrize("op", ["flash", "sliding_window", "sparse", "multiscale"])
+def test_work_counts_the_pairs_that_the_mask_allows(op, monkeypatch):
+    monkeypatch.setattr(problems, "WINDOW", 10)
+    monkeypatch.setattr(problems, "BLOCK", 8)
+    monkeypatch.setattr(problems, "WINDOWS", (5, 20))
+    shape = Shape(3, 4, 50, 16)
+    seen = allowed(Mask(problems.pattern(op, 4)), (1, 4, 50, 50), 4)
+    pairs = int(np.broadcast_to(np.asarray(seen), (3, 4, 50, 50)).sum())
+    given = problems.problem(op, shape, False)
+    assert problems.work(given) == (4 * 16 * pairs, 4 * 4 * 3 * 4 * 50 * 16)
+    assert problems.work(problems.problem(op, shape, True)) == (14 * 16 * pairs, 8 * 4 * 3 * 4 * 50 * 16)
+
+
+@pytest.fixture
+def small_suite(monkeypatch):
+    monkeypatch.setattr(shapes, "CPU", (SMALL, Shape(1, 2, 80, 16)))
+    monkeypatch.setattr(shapes, "CPU_LONG", ())
+    monkeypatch.setattr("benchmarks.ceilings.ceilings", lambda *_: {"copy_bytes_per_s": 1e9, "flops_per_s": {}})
+
+
+def test_a_suite_agrees_with_its_peers_and_becomes_tables_and_plots(small_suite, tmp_path, capsys):
+    """Some of the real suite: evo against the original's mathematics, all gradients."""
     pytest.importorskip("torch", reason="the peer is torch, which the newest lane leaves out (gigabytes of CUDA)")
     out = tmp_path / "cpu.json"
-    ops = [part for op in ("evo", "generate") for part in ("--op", op)]
-    assert main(["--longest", "512", "--rounds", "2", *ops, "--out", str(out)]) == 0
+    assert main(["--rounds", "2", "--no-growth", "--op", "evo", "--out", str(out)]) == 0
     report = json.loads(out.read_text())
-    cases = {row["case"]: row for row in report["rows"]}
-    gradients = cases["evo forward+backward B1 H8 L512 D64 float32"]
-    assert gradients["errors"].keys() >= {"out", "v", "gate_kernel"}
-    assert all(len(times) == 2 for times in gradients["samples_s"].values())
-    assert cases["generate 256 tokens, flash"]["ns_per_token"] > 0
-    assert report["environment"]["versions"]["jax"] and report["gate_failure"] is None
-    assert "torch" in capsys.readouterr().out
+    rows = {row["case"]: row["contenders"] for row in report["rows"]}
+    assert len(rows) == 4 and report["complete"]
+    both = rows["evo forward+backward B1 H2 L80 D16 float32"]
+    assert {entry["status"] for entries in rows.values() for entry in entries.values()} == {"ok"}
+    assert both["original's mathematics (torch)"]["errors"].keys() >= {"out", "v", "gate_kernel"}
+    assert both["evo_jax reference"]["temp_bytes"] >= 0 and both["evo_jax reference"]["samples_s"]
+    assert report["environment"]["versions"]["jax"] and report["environment"]["commit"]
+    capsys.readouterr()
+    assert tables.main([str(out), "--plots", str(tmp_path)]) == 0
+    table = capsys.readouterr().out
+    assert "| evo forward B1 H2 L48 D16 float32 | jnp formulas |" in table
+    assert (tmp_path / "evo_b1_h2_d16_float32.png").stat().st_size > 10_000
+
+
+@pytest.mark.parametrize("how", ["interrupt", "terminate"])
+def test_an_interrupted_run_keeps_its_rows(monkeypatch, small_suite, tmp_path, how):
+    def stop(*_):
+        if how == "interrupt":
+            raise KeyboardInterrupt
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(5)
+
+    row = {"case": "first", "contenders": {}}
+    monkeypatch.setitem(suites.SUITES, "cpu", lambda _: iter([("first", lambda *_: row), ("second", stop)]))
+    out = tmp_path / "cpu.json"
+    assert main(["--out", str(out)]) == run.INTERRUPTED
+    report = json.loads(out.read_text())
+    assert report["rows"] == [row] and not report["complete"]
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+
+
+def test_no_row_begins_after_the_time_is_over(small_suite, tmp_path, capsys):
+    out = tmp_path / "cpu.json"
+    assert main(["--op", "flash", "--minutes", "0", "--out", str(out)]) == 0
+    report = json.loads(out.read_text())
+    assert report["rows"] == [] and len(report["left_out"]) == 4 and not report["complete"]
+    assert "left out" in capsys.readouterr().out
+
+
+def test_a_row_that_raises_is_reported_and_the_run_goes_on(monkeypatch, small_suite, tmp_path):
+    def fail(*_):
+        raise MemoryError("too large")
+
+    row = {"case": "second", "contenders": {}}
+    monkeypatch.setitem(suites.SUITES, "cpu", lambda _: iter([("first", fail), ("second", lambda *_: row)]))
+    out = tmp_path / "cpu.json"
+    assert main(["--out", str(out)]) == 1
+    assert json.loads(out.read_text())["rows"] == [{"case": "first", "error": "MemoryError: too large"}, row]
+
+
+def test_the_gpu_suite_begins_with_every_operation():
+    titles = [title for title, _ in suites.gpu(suites.Options())]
+    first = list(dict.fromkeys(title.split()[0] for title in titles[: 2 * len(problems.OPS) + 1]))
+    assert first == [*problems.OPS, "decode"] and len(titles) > 60
+
+
+def test_decoding_is_judged_and_measured():
+    row = measure.measure(decoding.case(Shape(2, 4, 70, 16), "interpret"), QUICK, {"copy_bytes_per_s": 1e9})
+    assert [entry["status"] for entry in row["contenders"].values()] == ["ok", "ok"]
+    assert row["bytes"] == 4 * 16 * (2 * 2 * 70 + 2 * 2 * 4)
+
+
+def test_growth_is_that_of_one_call(monkeypatch):
+    """A softmax over all pairs holds at least the scores."""
+    shape = Shape(1, 4, 1024, 16)
+    assert (peak.growth("flash", shape, False, "jax.nn xla", []) or 0) > 4 * 4 * 1024 * 1024 * 0.9
+    monkeypatch.setattr(peak, "TIMEOUT", 0)
+    assert peak.growth("flash", shape, False, "jax.nn xla", []) is None
+
+
+ORIGINAL = '''
+import torch
+from benchmarks import peers_torch
+
+class EvoAttention(torch.nn.Module):
+    """Makes its parameters in its first call, as the original does."""
+
+    def __init__(self, embed_dim, num_heads):
+        super().__init__()
+        self.heads, self.width, self.core = num_heads, embed_dim // num_heads, torch.nn.Module()
+
+    def forward(self, x, causal=True):
+        core, names = self.core, {"q": "q_proj", "local": "v_proj_local", "gate": "global_stat_gate_proj",
+                                  "final": "final_gate_proj"}
+        if not hasattr(core, "norm"):
+            for name in names.values():
+                setattr(core, name, torch.nn.Linear(self.width, self.width))
+            core.norm = torch.nn.LayerNorm(self.width)
+        v = x.view(*x.shape[:2], self.heads, self.width).transpose(1, 2)
+        arrays = {"v": v, "norm_scale": core.norm.weight, "norm_bias": core.norm.bias}
+        for short, name in names.items():
+            arrays |= {f"{short}_kernel": getattr(core, name).weight.T, f"{short}_bias": getattr(core, name).bias}
+        return peers_torch.evo(arrays).transpose(1, 2).reshape(x.shape)
+'''
+
+
+def test_originals_take_part_where_their_folder_is_given(tmp_path, monkeypatch):
+    pytest.importorskip("torch", reason="the originals are in torch, which the newest lane leaves out")
+    monkeypatch.setattr("sys.path", list(__import__("sys").path))
+    (tmp_path / "evo_attn.py").write_text(ORIGINAL)
+    row = measure.measure(suites.case("evo", SMALL, True, [tmp_path]), QUICK, {})
+    assert row["contenders"]["original evo-attn"]["status"] == "ok", row["contenders"]
+    case = suites.case("sparse_layer", SMALL, False, [tmp_path])  # its package is not there: the row says so
+    entries = measure.measure(case, QUICK, {})["contenders"]
+    assert entries.pop("original complexity")["status"] == "failed"
+    assert {entry["status"] for entry in entries.values()} == {"ok"} and len(entries) == 2
+    assert set(layers.LAYERS) < set(suites.OPS)
+
+
+@pytest.mark.parametrize(
+    "command, message",
+    [
+        (lambda: main(["--op", "flsh"]), "invalid choice: 'flsh'"),
+        (lambda: main(["--rounds", "0"]), "argument --rounds: invalid"),
+        (lambda: main(["--originals", "/nowhere"]), "/nowhere is no folder"),
+        (lambda: tables.main(["/nowhere.json"]), "/nowhere.json is no report"),
+    ],
+)
+def test_bad_arguments_are_one_line(capsys, command, message):
+    try:
+        status = command()
+    except SystemExit as error:
+        status = error.code
+    assert status == 2
+    assert message in capsys.readouterr().err.splitlines()[-1]
