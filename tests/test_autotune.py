@@ -1,6 +1,7 @@
-"""Tuning without a GPU: the interpreter stands for the device, and clocks are made up; test_gpu_tune.py is real."""
+"""Tuning without a GPU: the interpreter stands for the device, and clocks are made up (test_gpu_tune.py: not so)."""
 
 import sys
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -165,6 +166,33 @@ def test_the_variable_tunes_under_jit_once_per_key(gpu, monkeypatch):
     with tuned.override({"prefix": {"chunk": 16}}):
         run.trace(jax.ShapeDtypeStruct((9999, 3), jnp.float32))
     assert len(tuned_calls) == 1, "who overrides launches wants no others"
+
+
+def test_tuning_runs_while_the_caller_is_traced(gpu, monkeypatch):
+    """On the CPU a program for both platforms is the reference: it runs here, in truth, beside the outer trace."""
+    monkeypatch.setenv("EVO_AUTOTUNE", "1")
+    clock_by_launch(monkeypatch, {16: 0.5})
+    options = {"axis": 0, "reverse": False, "exclusive": False, "accum_dtype": "float32", "mode": "platform"}
+    run = partial(prefix_scan.prefix_scan, **options)
+
+    @jax.jit
+    def outer(x):
+        autotune_first.before(run, x)
+        with tuned.recording() as launches:
+            out = run(x)
+        return out, next(iter(launches.values())).launch.chunk
+
+    out, chunk = outer(X)
+    assert chunk == 16, "what was found is launched at once"
+    np.testing.assert_allclose(out, np.cumsum(X, axis=0), rtol=1e-6)
+
+
+def test_an_operation_runs_though_its_tuning_fails(gpu, monkeypatch):
+    monkeypatch.setenv("EVO_AUTOTUNE", "1")
+    monkeypatch.setattr(autotune_first, "tune", lambda *_: 1 / 0)
+    run = partial(prefix_scan.prefix_scan, axis=0, reverse=True, exclusive=False, accum_dtype="float32", mode="triton")
+    with pytest.warns(RuntimeWarning, match="prefix_scan is not tuned: division by zero"):
+        autotune_first.before(run, X)
 
 
 def test_a_bad_variable_is_an_error(monkeypatch):
