@@ -102,12 +102,16 @@ def tunable(call: Call, arrays: Sequence[Any]) -> dict[Key, Fields]:
 
 
 def candidates(key: Key, default: Fields) -> list[Fields]:
-    """What benchmarks.sweep found to compile without spills, for rows as wide as these or the next wider ones."""
-    as_launched = {"tf32": "tf32x3", "fp16": "bf16", "float16": "bfloat16"}
-    names = {key.precision, as_launched.get(key.precision, key.precision)}
-    if key.kernel == "prefix":
-        names = {"tf32x3" if jnp.dtype(key.precision).itemsize >= 4 else "bf16"}
-    rows = [r for r in _shipped() if (r["arch"], r["kernel"]) == (_arch(), key.kernel) and r["precision"] in names]
+    """What benchmarks.sweep found to compile without spills, for rows as wide as these or the next wider ones.
+
+    Where this architecture was not swept, the other one's: what spills is slow, and what does not compile is rejected.
+    """
+    if key.kernel == "prefix":  # a dtype, not a precision
+        swept = "tf32x3" if jnp.dtype(key.precision).itemsize >= 4 else "bf16"
+    else:
+        swept = {"tf32": "tf32x3", "fp16": "bf16"}.get(key.precision, key.precision)
+    rows = [row for row in _shipped() if row["kernel"] == key.kernel and row["precision"] == swept]
+    rows = [row for row in rows if row["arch"] == _arch()] or rows
     wider = [row for row in rows if row["width"] >= key.width]
     if not wider:
         return []

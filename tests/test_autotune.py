@@ -168,6 +168,30 @@ def test_the_variable_tunes_under_jit_once_per_key(gpu, monkeypatch):
     assert len(tuned_calls) == 1, "who overrides launches wants no others"
 
 
+@pytest.mark.parametrize("family", ["attend", "linear", "evo"])
+def test_masks_and_states_of_a_call_are_left_out_of_its_tuning(family, gpu, monkeypatch):
+    monkeypatch.setenv("EVO_AUTOTUNE", "1")
+    seen = []
+    monkeypatch.setattr(autotune_first, "tune", lambda call, types: seen.append(tunable(call, types)))
+    valid, q = jax.ShapeDtypeStruct((1, 64), bool), jax.ShapeDtypeStruct((1, 64, 4, 16), jnp.bfloat16)
+    state = evo_jax.LinearState(jnp.ones((1, 4, 16, 16)), jnp.ones((1, 4, 16)))
+    calls = {
+        "attend": lambda q, valid, _: evo_jax.sparse_attention(
+            *(q, q, q), mask=valid[:, None, None], logits_soft_cap=5.0, implementation="triton"
+        ),
+        "linear": lambda q, valid, state: evo_jax.linear_attention(
+            *(q, q, q), attention_mask=valid, initial_state=state, implementation="triton"
+        ),
+        "evo": lambda q, valid, _: evo_jax.evo_attention(
+            q.swapaxes(1, 2), attention_mask=valid, implementation="triton"
+        ),
+    }
+    jax.jit(calls[family]).trace(q, valid, state)
+    (keys,) = seen
+    assert len(keys) == (3 if family == "attend" else 2) and all(key.kernel.startswith(family) for key in keys)
+    assert {key.mask for key in keys} == {{"attend": "sparse+scores", "linear": "causal+rows", "evo": "causal"}[family]}
+
+
 def test_tuning_runs_while_the_caller_is_traced(gpu, monkeypatch):
     """On the CPU a program for both platforms is the reference: it runs here, in truth, beside the outer trace."""
     monkeypatch.setenv("EVO_AUTOTUNE", "1")
@@ -207,6 +231,6 @@ def test_candidates_are_those_of_rows_as_wide_or_wider(monkeypatch):
         for width in (64, 128)
     ]
     monkeypatch.setattr(MODULE, "_shipped", lambda: rows)
-    monkeypatch.setattr(MODULE, "_arch", lambda: "sm_90")
+    monkeypatch.setattr(MODULE, "_arch", lambda: "sm_80")  # not swept here: the other's are better than none
     found = [candidates(Key.of("prefix", "bfloat16", width, 1, "inner"), {"chunk": 64}) for width in (64, 80, 200)]
     assert found == [[], [{"chunk": 128}], []]
