@@ -66,7 +66,12 @@ def load_tile(plan: Plan, mask: Mask, table: Any, blocks: Blocks, b: Any, number
     i = start + lax.broadcasted_iota(jnp.int32, (1, 1, plan.block_q, 1), 2)
     heads, group = blocks.key.shape[2], blocks.query.shape[2] // blocks.key.shape[2]
     h = jnp.int32(0) if table is None else group * lax.broadcasted_iota(jnp.int32, (heads, 1, 1, 1), 0)
-    return Tile(b, start, query * plan.spec.scale, queries_of(mask, b, h, i, table, group))
+    return Tile(b, start, query * (plan.spec.scale * base(plan, blocks)), queries_of(mask, b, h, i, table, group))
+
+
+def base(plan: Plan, blocks: Blocks) -> float:
+    """What queries are multiplied by besides `scale`: where nothing comes between, products are scores in base 2."""
+    return LOG2_E if blocks.bias is None and plan.spec.soft_cap is None else 1.0
 
 
 def neighbours(plan: Plan, begin: Any, end: Any, padded: int) -> Slab:
@@ -112,7 +117,7 @@ def scores(plan: Plan, mask: Mask, tile: Tile, blocks: Blocks, slab: Slab, key: 
     final = bent.reshape(heads, -1, size, key.shape[1])
     if blocks.bias is not None:
         final = final + cut(blocks.bias, tile, slab, heads, size)
-    final = final * LOG2_E
+    final = final * LOG2_E if base(plan, blocks) == 1.0 else final
     if not slab.free:
         seen = allows(mask.pattern, tile.facts, keys_of(mask, tile.b, slab.index)) & slab.live
         if mask.keep is not None:
