@@ -15,11 +15,12 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test lint types format bench pins clean
+.PHONY: help demo test compile lint types format bench pins clean
 
 help:
 	@echo "make demo    train a small language model on real text (ARGS=... is passed on: make demo ARGS='--steps 50')"
 	@echo "make test    run every test (ARGS='-k scan' selects)"
+	@echo "make compile every kernel for H100, H200 and A100, without a GPU (ARGS=--full: at every dtype, width and GPU)"
 	@echo "make lint | types | format | bench | pins | clean"
 
 # Where there is no NVIDIA driver, JAX need not try the CUDA plugin that the tests compile with.
@@ -32,6 +33,10 @@ demo: $(VENV)/.ready-demo
 
 test: $(VENV)/.ready
 	$(BIN)/python -m pytest -n 2 --dist worksteal --durations 8 $(ARGS)
+
+# The newest lane takes one GPU alone: its budgets and lowering are JAX's, and the base lane has all three.
+compile: $(VENV)/.ready
+	$(BIN)/python -m benchmarks.compile_report $(if $(filter newest,$(LANE)),--target h100) $(ARGS)
 
 lint: $(VENV)/.ready
 	$(BIN)/ruff check

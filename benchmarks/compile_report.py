@@ -3,6 +3,7 @@
     python -m benchmarks.compile_report                      a part of the matrix that covers all pairs of choices
     python -m benchmarks.compile_report --full               all of it; --op, --pass, --dtype and --target narrow both
     python -m benchmarks.compile_report --op sliding_window --shape B1,L12345,N7,K1,D72,W1000        any shape at all
+    python -m benchmarks.compile_report --sweep flash        launches for autotuning to try
 
 Exits 1 if a program does not compile, spills registers, asks for too much shared memory, has an access that can leave
 its array or a dot product of another precision than stated, or takes more than benchmarks/budgets.json allows it.
@@ -43,12 +44,20 @@ def main(argv: list[str] | None = None) -> int:
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
     allow_no_gpu()
     try:
+        if options.sweep:
+            return _sweep(options)
         cells = _cells(options)
     except ValueError as error:
         parser.error(str(error))
+    if options.json and not options.json.parent.is_dir():
+        parser.error(f"--json: there is no folder {options.json.parent}")
     if not cells:
         parser.error("the matrix holds no such program; with a shape any is compiled: --shape D72")
-    return report(cells, options)
+    try:
+        return report(cells, options)
+    except KeyboardInterrupt:
+        print("interrupted; what was compiled is kept, and not compiled again", file=sys.stderr)
+        return 130
 
 
 def report(cells: Sequence[tuple[Buildable, str]], options: argparse.Namespace) -> int:
@@ -85,6 +94,18 @@ def _print(results: Results, seconds: float) -> int:
     if absent := missing_wheels():
         print(f"Nothing was compiled: {absent}")
     return 1 if failures else 0
+
+
+def _sweep(options: argparse.Namespace) -> int:
+    """Rank launches of the kernels of one operation (benchmarks.sweep)."""
+    from benchmarks import sweep  # here: it imports this module
+
+    start = {"prefix_sum": "prefix", "evo": "evo_", "linear": "linear_"}.get(options.sweep, "attend_")
+    if unswept := [dtype for dtype in options.dtype or () if dtype not in sweep.DTYPES]:
+        raise ValueError(f"--sweep: {unswept[0]} is not swept; {', '.join(sweep.DTYPES)} are")
+    kernels = [kernel for kernel in sweep.GRID if kernel.startswith(start)]
+    widths = [options.width] if options.width else None
+    return sweep.run(kernels, options.target, options.dtype, widths, jobs=options.jobs, limit=options.limit)
 
 
 def _key(program: Buildable, target: str) -> str:
@@ -156,7 +177,9 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip
     several: Callable[..., Any] = lambda *names, **how: parser.add_argument(*names, action="append", **how)  # noqa: E731
-    several("--target", choices=sorted(TARGETS), help="repeatable, as the next three are; default: all")
+    several(
+        "--target", choices=sorted(TARGETS), help="repeatable, as the next three; of the matrix all, of a shape h100"
+    )
     several("--op", choices=OPS)
     several("--pass", dest="phase", choices=PHASES, help="backward: output and every gradient")
     several("--dtype", choices=DTYPES)
@@ -166,6 +189,7 @@ def _parser() -> argparse.ArgumentParser:
     extras = sorted({extra for names in EXTRAS.values() for extra in names})
     several("--with", dest="extra", choices=extras, default=[], help="of any shape: what it takes besides")
     parser.add_argument("--not-causal", action="store_true", help="of any shape: tokens see later ones too")
+    parser.add_argument("--sweep", choices=OPS, help="try launches of its kernels and rank those that spill nothing")
     parser.add_argument("--full", action="store_true", help="the whole matrix, not a part that covers it")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write every report here")
     parser.add_argument("--jobs", type=_positive, default=os.cpu_count(), help="processes that compile at a time")

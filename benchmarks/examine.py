@@ -51,7 +51,8 @@ def examine(program: Buildable, target: str, cached: bool = True) -> dict[str, A
             result["report"], result["cached"] = compiled
             result["failures"] += problems(result["report"], {call.name for call in calls if "tt.dot " in call.text})
     except Exception as error:
-        result["failures"].append(f"{type(error).__name__}: {error}")
+        names = ", ".join(dict.fromkeys(result["calls"])) or "not lowered"
+        result["failures"].append(f"{names}: {type(error).__name__}: {error}")
     return result
 
 

@@ -24,7 +24,7 @@ SOFTMAX = {
 OPS = ("prefix_sum", "evo", *SOFTMAX, "linear")
 PHASES = ("forward", "backward", "decode")
 DTYPES = {"bfloat16": "bf16", "float16": "fp16", "float32": "tf32x3"}  # and how their products are taken
-_SCORES = ("bias", "key_bias", "mask", "segments", "dropout")  # none of these is decoded by the kernel for it
+_SCORES = ("bias", "key_bias", "mask", "segments", "dropout")  # of softmax attention; none of these is decoded here
 EXTRAS = {  # what may be asked for besides the plain operation
     "prefix_sum": ("last_axis",),
     "evo": ("query", "mask", "state"),
@@ -67,6 +67,9 @@ class Program:
             raise ValueError(f"{self.op} has no {', '.join(unknown)}; it has {', '.join(EXTRAS[self.op])}")
         if self.phase == "decode" and (self.op == "prefix_sum" or not self.causal):
             raise ValueError(f"there is no decoding of {self.op}{'' if self.causal else ' that is not causal'}")
+        refused = [extra for extra in self.extras if self.op in SOFTMAX and extra in _SCORES]
+        if self.phase == "decode" and refused:
+            raise ValueError(f"there is no decoding with {', '.join(refused)}")
 
     @property
     def grouped(self) -> bool:
@@ -192,8 +195,6 @@ def _attend(p: Program) -> Any:
 
 
 def _decode(p: Program) -> Any:
-    if refused := [extra for extra in p.extras if extra in _SCORES]:
-        raise ValueError(f"there is no decoding with {', '.join(refused)}")
     query = jax.ShapeDtypeStruct((p.batch, p.tokens, p.heads, p.width), p.dtype)
     key = jax.ShapeDtypeStruct((p.batch, p.length, p.kv_heads, p.width), p.dtype)
     arrays = {"key_value_seq_lengths": jax.ShapeDtypeStruct((p.batch,), "int32")}

@@ -80,8 +80,9 @@ class _Seen(NamedTuple):
 
     op: Any
     pointer: Range
-    mask: Range | None
-    narrow: bool
+    mask: Range | None = None
+    narrow: bool = False
+    wrapped: Range | None = None  # of a 32-bit number that the offset is made of, which passes 32 bits
 
 
 def _read_header(text: str) -> tuple[tuple[int, ...], list[int]]:
@@ -107,16 +108,23 @@ def _judge(seen: _Seen, elements: dict[Any, int]) -> list[str]:
         overflows = -math.inf < where.low < -_INT32_LIMIT or _INT32_LIMIT <= where.high < math.inf
         if seen.narrow and (overflows or (size or 0) > _INT32_LIMIT):
             found.append(f"int32 offset can overflow ({span}): {line}")
+        elif seen.wrapped is not None:
+            values = f"values {seen.wrapped.low} to {seen.wrapped.high}"
+            found.append(f"int32 offset can overflow before it is widened ({values}): {line}")
     else:
         found.append(f"atomic: {line}")
     return found
 
 
 class _Ranges:
-    """Interval analysis of one kernel: `of` holds each value's range, `seen` every memory operation met."""
+    """Interval analysis of one kernel: `of` holds each value's range, `seen` every memory operation met.
+
+    `wrapped` holds the 32-bit values that can pass 32 bits, and what is computed from them. Hashes wrap on purpose; an
+    offset must not.
+    """
 
     def __init__(self, grid: tuple[int, ...]) -> None:
-        self.grid, self.of, self.seen = grid, {}, {}
+        self.grid, self.of, self.seen, self.wrapped = grid, {}, {}, {}
 
     def run(self, block: Any) -> list[Range]:
         """Visit `block` in order and return the ranges that its last operation passes on."""
@@ -126,16 +134,27 @@ class _Ranges:
             self._record(op, values)
             for result, known in zip(op.results, self._results(op, values), strict=True):
                 self.of[result] = known
+                if op.name in ARITHMETIC or op.name in _SAME_VALUE:
+                    self._note_wrapping(op, result, known)
         return values if block else []
 
     def _record(self, op: Any, values: list[Range]) -> None:
         if op.name in _ACCESSES:
             masked = len(values) > _ACCESSES[op.name][1]
-            self.seen[op] = _Seen(op, values[0], values[_ACCESSES[op.name][1]] if masked else None, False)
+            self.seen[op] = _Seen(op, values[0], values[_ACCESSES[op.name][1]] if masked else None)
         elif op.name == "tt.addptr":
-            self.seen[op] = _Seen(op, add(values[0], values[1]), None, "i32" in str(op.operands[1].type))
+            narrow, wrapped = "i32" in str(op.operands[1].type), self.wrapped.get(op.operands[1])
+            self.seen[op] = _Seen(op, add(values[0], values[1]), None, narrow, wrapped)
         elif op.name.startswith("tt.atomic"):
-            self.seen[op] = _Seen(op, values[0], None, False)
+            self.seen[op] = _Seen(op, values[0])
+
+    def _note_wrapping(self, op: Any, result: Any, known: Range) -> None:
+        from_operands = [self.wrapped[value] for value in op.operands if value in self.wrapped]
+        passes = -math.inf < known.low < -_INT32_LIMIT or _INT32_LIMIT <= known.high < math.inf
+        if from_operands:
+            self.wrapped[result] = from_operands[0]
+        elif passes and op.name != "tt.addptr" and re.search(r"\bi32$|xi32>$", str(result.type)):
+            self.wrapped[result] = known
 
     def _results(self, op: Any, values: list[Range]) -> list[Range]:
         if op.name == "scf.for":

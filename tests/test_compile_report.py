@@ -164,6 +164,22 @@ def test_int32_offsets_that_overflow_are_found():
     assert len(found) == 2 and all(line.startswith("int32 offset can overflow") for line in found)
 
 
+def test_int32_products_that_overflow_before_they_are_widened_are_found():
+    """Under a mask that such a number passes too; a hash, which no offset is made of, may wrap."""
+
+    def kernel(x_ref, out_ref):
+        row = plk.program_id(0) * 65536
+        index = (row * jnp.int32(4)).astype(jnp.int64) + jnp.arange(64, dtype=jnp.int64)
+        noise = (row * jnp.int32(65537)).astype(jnp.float32)
+        plk.store(out_ref, (jnp.arange(64, dtype=jnp.int32),), plk.load(x_ref, (index,), index < 7) + noise, True)
+
+    with jax.enable_x64(True):
+        texts = [_text(_call(kernel, [((2**33,), "float32")], ((64,), "float32"), (n,))) for n in (8191, 8193)]
+    assert unsafe(texts[0]) == []
+    (found,) = unsafe(texts[1])
+    assert found.startswith("int32 offset can overflow before it is widened (values 0 to 2147483648)")
+
+
 @pytest.mark.parametrize(("precision", "printed"), [(None, "tf32"), ("highest", "ieee")])
 def test_dot_precision_is_read(precision, printed):
     text = _text(_matmul(32, "float32", precision=precision))
