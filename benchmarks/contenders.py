@@ -17,11 +17,13 @@ def wait(fn: Callable[..., Any], *args: Any) -> Any:
     return jax.block_until_ready(fn(*args))
 
 
-def jax_contender(name: str, given: Problem, function: Callable[[Arrays], jax.Array]) -> Contender:
-    """The function, or it and its gradients, compiled."""
-    return compiled_contender(
-        name, partial(results, function, given.gradient), given.arrays, given.cotangent.astype(given.shape.dtype)
-    )
+def jax_contender(name: str, given: Problem, function: Callable[..., jax.Array], *fixed: jax.Array) -> Contender:
+    """function(arrays, *fixed), or it and the gradients of the arrays, compiled."""
+
+    def call(arrays: Arrays, cotangent: jax.Array, *fixed: jax.Array) -> Arrays:
+        return results(lambda a: function(a, *fixed), given.gradient, arrays, cotangent)
+
+    return compiled_contender(name, call, given.arrays, given.cotangent, *fixed)
 
 
 def compiled_contender(name: str, function: Callable[..., Mapping[str, jax.Array]], *args: Any) -> Contender:

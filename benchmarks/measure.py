@@ -2,8 +2,10 @@
 
 import gc
 import math
+import os
 import statistics
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -72,12 +74,15 @@ def measure(case: Case, effort: Effort, ceilings: Mapping[str, Any]) -> dict[str
 
 def _judged(case: Case) -> tuple[dict[str, Any], list[Contender]]:
     """({name: status, errors and reason}, the contenders that are right)."""
-    truth, tolerances = case.truth(), case.given.tolerances
+    tolerances = case.given.tolerances
     entries: dict[str, Any] = {}
     right = []
-    for name, make in case.make.items():
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:  # compilers let each other run
+        made = {name: pool.submit(make) for name, make in case.make.items()}
+        truth = case.truth()
+    for name, future in made.items():
         try:
-            contender = make()
+            contender = future.result()
             errors = errors_of(contender.result(), truth)
         except Exception as error:  # whatever a peer has to say: it is its row's, and the run goes on
             lines = str(error).strip().splitlines() or [""]

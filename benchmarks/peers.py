@@ -29,6 +29,8 @@ def contenders(given: Problem, originals: bool = False) -> dict[str, Make]:
         f"evo_jax {how}": partial(jax_contender, f"evo_jax {how}", given, ours(given, how)) for how in names
     }
     found |= {name: partial(jax_contender, name, given, function) for name, function in _jax_peers(given, gpu).items()}
+    if given.op in ("sparse", "multiscale") and given.shape.length <= 8192:
+        found["jax.nn xla, dense mask"] = partial(_masked, given)
     if present("torch") and _torch_fits(gpu):
         from benchmarks import peers_torch
 
@@ -86,8 +88,8 @@ def _softmax_peers(given: Problem, gpu: bool) -> dict[str, Callable[[Arrays], An
     if given.op == "sliding_window":
         jax_nn["local_window_size"] = (WINDOW - 1, 0)
     plain, found = given.op in ("flash", "sliding_window"), {}
-    if given.shape.length <= 8192:
-        found["jax.nn xla"] = lambda a: call(jax.nn.dot_product_attention, **(jax_nn if plain else _mask(given)))(a)
+    if plain and given.shape.length <= 8192:
+        found["jax.nn xla"] = call(jax.nn.dot_product_attention, implementation="xla", **jax_nn)
     if gpu and plain and given.shape.dtype != "float32":
         found["jax.nn cudnn"] = call(jax.nn.dot_product_attention, implementation="cudnn", **jax_nn)
     if gpu and given.op == "flash":
@@ -98,9 +100,13 @@ def _softmax_peers(given: Problem, gpu: bool) -> dict[str, Callable[[Arrays], An
     return found
 
 
-def _mask(given: Problem) -> dict[str, Any]:
-    """XLA over all L x L scores, which is what there is for a pattern that jax.nn does not know."""
-    return {"mask": visible(given.op, given.shape)[None], "implementation": "xla"}
+def _masked(given: Problem) -> Contender:
+    """XLA over all L x L scores, which is what there is for a pattern that jax.nn does not know; the mask is given."""
+
+    def attend(a: Arrays, mask: jax.Array) -> jax.Array:
+        return jax.nn.dot_product_attention(a["query"], a["key"], a["value"], mask=mask, implementation="xla")
+
+    return jax_contender("jax.nn xla, dense mask", given, attend, visible(given.op, given.shape)[None])
 
 
 def _pallas_attention(a: Arrays) -> Any:

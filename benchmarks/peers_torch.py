@@ -104,9 +104,9 @@ def _flex(given: Problem, gpu: bool) -> Contender:
     elif given.op == "multiscale":
         sees = partial(_within_reach, [left for left, _ in pattern(given.op, given.shape.heads).windows])
     else:
-        seen = _seen(given).to(device)
-        sees = lambda b, h, i, j: seen[h if seen.shape[0] > 1 else 0, i, j]  # noqa: E731
-    heads = given.shape.heads if given.op == "multiscale" else None
+        seen = _seen(given).to(device).expand(given.shape.heads, -1, -1)
+        sees = lambda b, h, i, j: seen[h, i, j]  # noqa: E731
+    heads = given.shape.heads if given.op in ("sparse", "multiscale") else None
     mask = create_block_mask(sees, None, heads, length, length, device=device)
     compiled = torch.compile(flex_attention)
 
