@@ -4,6 +4,7 @@ import gc
 import math
 import os
 import statistics
+import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
@@ -55,8 +56,8 @@ def measure(case: Case, effort: Effort, ceilings: Mapping[str, Any]) -> dict[str
     """The row. A contender that raises or is wrong is in it with the reason, and is not timed; the others are."""
     given = case.given
     flops, moved = work(given)
-    entries, right = _judged(case)
-    samples = interleave(right, effort.rounds, 0, effort.seconds)
+    entries, right, took = _judged(case)
+    samples = interleave(right, effort.rounds, 0, effort.seconds, took)
     for contender in right:
         entry = entries[contender.name]
         entry |= _times(samples[contender.name]) | {"temp_bytes": contender.temp_bytes}
@@ -72,18 +73,21 @@ def measure(case: Case, effort: Effort, ceilings: Mapping[str, Any]) -> dict[str
     return row | {"flops": flops, "bytes": moved, "contenders": entries}
 
 
-def _judged(case: Case) -> tuple[dict[str, Any], list[Contender]]:
-    """({name: status, errors and reason}, the contenders that are right)."""
+def _judged(case: Case) -> tuple[dict[str, Any], list[Contender], dict[str, float]]:
+    """({name: status, errors and reason}, the contenders that are right, seconds of the first call of each)."""
     tolerances = case.given.tolerances
     entries: dict[str, Any] = {}
-    right = []
+    right, took = [], {}
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:  # compilers let each other run
         made = {name: pool.submit(make) for name, make in case.make.items()}
         truth = case.truth()
     for name, future in made.items():
         try:
             contender = future.result()
-            errors = errors_of(contender.result(), truth)
+            start = time.perf_counter()
+            result = contender.result()
+            took[name] = time.perf_counter() - start
+            errors = errors_of(result, truth)
         except Exception as error:  # whatever a peer has to say: it is its row's, and the run goes on
             lines = str(error).strip().splitlines() or [""]
             entries[name] = {"status": "failed", "reason": f"{type(error).__name__}: {lines[0][:300]}"}
@@ -95,7 +99,7 @@ def _judged(case: Case) -> tuple[dict[str, Any], list[Contender]]:
             right.append(contender)
         else:
             entries[name]["reason"] = fault
-    return entries, right
+    return entries, right, took
 
 
 def _times(samples: list[float]) -> dict[str, Any]:

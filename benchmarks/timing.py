@@ -72,18 +72,23 @@ def gate(contenders: Sequence[Contender], tolerances: dict[str, float]) -> dict[
 
 
 def interleave(
-    contenders: Sequence[Contender], rounds: int, warmup: int = 2, seconds: float = math.inf
+    contenders: Sequence[Contender],
+    rounds: int,
+    warmup: int = 2,
+    seconds: float = math.inf,
+    known: Mapping[str, float] | None = None,
 ) -> dict[str, list[float]]:
     """Seconds per call, one sample per round: rounds take turns, so that what else the machine does hits all alike.
 
     A sample is as many calls as fill SAMPLE. A contender gets fewer rounds, at least one, where they would take it more
-    than `seconds`. An untimed call comes before each, unless it takes seconds: what another contender left in caches
-    and in the allocator is not ours.
+    than `seconds`; how long a call takes may be `known`, by name, where it is LONG. An untimed call comes before each,
+    unless it is LONG: what another contender left in caches and in the allocator is not ours.
     """
     for contender in contenders:
         for _ in range(warmup):
             contender.run()
-    once = {contender.name: _seconds(contender, 1) for contender in contenders}
+    known = {name: took for name, took in (known or {}).items() if took >= LONG}
+    once = {c.name: known.get(c.name) or _seconds(c, 1) for c in contenders}
     calls = {name: max(1, math.ceil(SAMPLE / took)) for name, took in once.items()}
     turns = {name: max(1, int(min(rounds, seconds / (calls[name] * took)))) for name, took in once.items()}
     samples: dict[str, list[float]] = {contender.name: [] for contender in contenders}
