@@ -69,9 +69,9 @@ def report(cells: Sequence[tuple[Buildable, str]], options: argparse.Namespace) 
         examine, tasks, options.jobs, options.limit, lambda cell: progress.step(cell[0].label)
     )
     results = {cell: {**NOTHING, **result} for cell, result in results.items()}  # a lost worker says only that it is
-    rows = {_key(*cell): budgets.row(r["report"]) for cell, r in results.items() if r["report"]}
     if options.update_budgets:
-        budgets.save({key: row for key, row in rows.items() if key in known}, known)
+        sound = {_key(*cell): r["report"] for cell, r in results.items() if r["report"] and not r["failures"]}
+        budgets.save({key: budgets.row(found) for key, found in sound.items() if key in known}, known)
     table = budgets.load().get(budgets.series(), {}).get("programs", {})
     for (program, target), result in results.items():
         if compiled := result["report"]:

@@ -89,10 +89,11 @@ def measure(kind: str, form: str, length: int) -> dict[str, Any]:
 
 
 def tasks() -> dict[str, tuple[str, str, int]]:
-    """What is compiled: every form at LENGTH, and every operation at all lengths."""
+    """What is compiled: every form at LENGTH, and operations and streams at all lengths."""
     table = [(kind, form, LENGTH) for kind in KINDS for form in FORMS if (kind, form) != ("Standard", "stream")]
-    plot = [(kind, "operation", n) for kind in KINDS for n in (DENSE_LENGTHS if kind == "Standard" else LENGTHS)]
-    return {" ".join(map(str, task)): task for task in (*table, *plot)}
+    dense = [("Standard", "operation", n) for n in DENSE_LENGTHS]
+    plot = [(kind, form, n) for kind in list(KINDS)[1:] for form in ("operation", "stream") for n in LENGTHS]
+    return {" ".join(map(str, task)): task for task in (*table, *dense, *plot)}
 
 
 def table_of(results: dict[str, dict[str, Any]]) -> str:
@@ -120,27 +121,31 @@ def _size(number: int | None) -> str:
 
 
 def draw(results: dict[str, dict[str, Any]], path: Path) -> None:
-    """Bytes against length, both logarithmic; nothing is drawn where nothing is allocated."""
+    """Bytes against length, both logarithmic: of operations, and of layers fed CHUNK tokens at a time."""
     import matplotlib
 
     matplotlib.use("agg")
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(figsize=(7, 4.5), layout="constrained")
-    for kind in KINDS:
-        points = [(n, results.get(f"{kind} operation {n}", {}).get("temp")) for n in LENGTHS]
-        drawn = [(n, bytes_ / 2**20) for n, bytes_ in points if bytes_]
-        axes.loglog(*zip(*drawn, strict=True), marker="o", label=kind) if drawn else axes.plot(
-            [], [], label=f"{kind}: none"
-        )
-    axes.set(
-        xlabel="tokens",
-        ylabel="MiB besides arguments and result",
-        title="Temporary memory, H100, 32 heads of 128, bfloat16",
-    )
-    axes.axhline(80 * 1024, color="grey", linestyle=":", label="80 GiB")
-    axes.grid(alpha=0.3)
-    axes.legend()
+    figure, panels = pyplot.subplots(1, 2, figsize=(11, 4.5), layout="constrained", sharey=True)
+    titles = {"operation": "The operation alone", "stream": f"The layer, {CHUNK} tokens at a time"}
+    for axes, (form, title) in zip(panels, titles.items(), strict=True):
+        lines: dict[tuple[tuple[int, int], ...], list[str]] = {}  # kinds that take the same share one line
+        for kind in KINDS:
+            found = ((n, results.get(f"{kind} {form} {n}", {}).get("temp")) for n in LENGTHS)
+            lines.setdefault(tuple((n, size) for n, size in found if size), []).append(kind)
+        for points, kinds in lines.items():
+            if not points and form == "operation":
+                axes.plot([], [], label=f"{', '.join(kinds)}: none")
+            elif points:
+                lengths, sizes = zip(*points, strict=True)
+                axes.loglog(lengths, [n / 2**20 for n in sizes], marker="o", label=", ".join(kinds))
+        axes.axhline(80 * 1024, color="grey", linestyle=":", label="80 GiB")
+        axes.set(xlabel="tokens", title=title)
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize="small")
+    panels[0].set_ylabel("MiB besides arguments and results")
+    figure.suptitle("Temporary memory of a forward pass on H100: 32 heads of 128, bfloat16, one sequence")
     figure.savefig(path, dpi=110)
     pyplot.close(figure)
 
