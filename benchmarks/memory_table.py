@@ -109,15 +109,11 @@ def table_of(results: dict[str, dict[str, Any]]) -> str:
 
 
 def _size(number: int | None) -> str:
-    if number is None:
-        return "-"
-    return (
-        f"{number / 1e9:.1f} GB"
-        if number >= 1e9
-        else f"{number / 1e6:.0f} MB"
-        if number >= 1e7
-        else f"{number / 1e6:.1f} MB"
-    )
+    if not number:
+        return "-" if number is None else "0"
+    if number >= 1e9:
+        return f"{number / 1e9:.1f} GB"
+    return f"{number / 1e6:.0f} MB" if number >= 1e7 else f"{number / 1e6:.1f} MB"
 
 
 def draw(results: dict[str, dict[str, Any]], path: Path) -> None:
@@ -127,7 +123,7 @@ def draw(results: dict[str, dict[str, Any]], path: Path) -> None:
     matplotlib.use("agg")
     from matplotlib import pyplot
 
-    figure, panels = pyplot.subplots(1, 2, figsize=(11, 4.5), layout="constrained", sharey=True)
+    figure, panels = pyplot.subplots(1, 2, figsize=(11, 5), layout="constrained", sharey=True)
     titles = {"operation": "The operation alone", "stream": f"The layer, {CHUNK} tokens at a time"}
     for axes, (form, title) in zip(panels, titles.items(), strict=True):
         lines: dict[tuple[tuple[int, int], ...], list[str]] = {}  # kinds that take the same share one line
@@ -135,15 +131,16 @@ def draw(results: dict[str, dict[str, Any]], path: Path) -> None:
             found = ((n, results.get(f"{kind} {form} {n}", {}).get("temp")) for n in LENGTHS)
             lines.setdefault(tuple((n, size) for n, size in found if size), []).append(kind)
         for points, kinds in lines.items():
+            colour = f"C{list(KINDS).index(kinds[0])}"
             if not points and form == "operation":
-                axes.plot([], [], label=f"{', '.join(kinds)}: none")
+                axes.plot([], [], color=colour, label=f"{', '.join(kinds)}: none")
             elif points:
                 lengths, sizes = zip(*points, strict=True)
-                axes.loglog(lengths, [n / 2**20 for n in sizes], marker="o", label=", ".join(kinds))
+                axes.loglog(lengths, [n / 2**20 for n in sizes], marker="o", color=colour, label=", ".join(kinds))
         axes.axhline(80 * 1024, color="grey", linestyle=":", label="80 GiB")
         axes.set(xlabel="tokens", title=title)
         axes.grid(alpha=0.3)
-        axes.legend(fontsize="small")
+        axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.15), ncols=3, fontsize="small")
     panels[0].set_ylabel("MiB besides arguments and results")
     figure.suptitle("Temporary memory of a forward pass on H100: 32 heads of 128, bfloat16, one sequence")
     figure.savefig(path, dpi=110)
