@@ -35,7 +35,7 @@ class LayerProblem(Problem):
 OPTIONS: dict[str, dict[str, Any]] = {
     "linear": {},
     "sliding_window": {"window_size": WINDOW},
-    "sparse": {"block_size": 64},
+    "sparse": {"block_size": 64, "num_random_blocks": 0},  # the original takes the option, and draws none
     "multiscale": {},
 }
 LAYERS = tuple(f"{kind}_layer" for kind in OPTIONS)
@@ -68,7 +68,7 @@ def ours(given: Problem, implementation: str | None) -> Callable[[Arrays], jax.A
 
 
 def contenders(given: LayerProblem, originals: bool) -> dict[str, Callable[[], Contender]]:
-    """Ours by the reference, and the originals: layers are measured on a CPU."""
+    """Ours by the reference, and the originals, whose mathematics restated stands in where they are not at hand."""
     from benchmarks.peers import present
 
     name = "evo_jax reference"
@@ -79,9 +79,10 @@ def contenders(given: LayerProblem, originals: bool) -> dict[str, Callable[[], C
         from benchmarks import originals as theirs
         from benchmarks.peers_torch import ORIGINAL
 
-        found[ORIGINAL] = partial(_torch_layer, given)
         if originals:
             found["original complexity"] = partial(theirs.layer, given, given.kind, given.options)
+        else:
+            found[ORIGINAL] = partial(_torch_layer, given)
     return found
 
 
@@ -92,7 +93,8 @@ def _torch_layer(given: Problem) -> Contender:
     from benchmarks.contenders import torch_contender, torch_tensor
 
     (batch, length, heads, width), kind = _sizes(given.shape), given.op.removesuffix("_layer")
-    hidden = None if kind == "linear" else torch.logical_not(torch_tensor(visible(kind, given.shape), torch.bool))
+    seen = None if kind == "linear" else visible(kind, given.shape, random_blocks=0)
+    hidden = None if seen is None else torch.logical_not(torch_tensor(seen, torch.bool))
 
     def attend(a: dict[str, Any]) -> Any:
         if hidden is None:

@@ -98,19 +98,19 @@ def truth(given: Problem, function: Callable[[Arrays], jax.Array]) -> dict[str, 
     return {name: np.asarray(a) for name, a in right(arrays, given.cotangent.astype(jnp.float32)).items()}
 
 
-def pattern(op: str, heads: int) -> Pattern:
+def pattern(op: str, heads: int, random_blocks: int = 3) -> Pattern:
     """Which keys the softmax operations see."""
     if op == "sliding_window":
         return Pattern(windows=((WINDOW - 1, 0),))
     if op == "sparse":
-        return sparse_pattern("sparse", BLOCK, 1, 3, 0)
+        return sparse_pattern("sparse", BLOCK, 1, random_blocks, 0)
     return Pattern(windows=head_windows("multiscale", heads, None, WINDOWS)) if op == "multiscale" else Pattern()
 
 
-def visible(op: str, shape: Shape) -> jax.Array:
+def visible(op: str, shape: Shape, random_blocks: int = 3) -> jax.Array:
     """(heads or 1, L, L) bool: what a dense mask would have to say."""
-    size = (1, shape.heads, shape.length, shape.length)
-    return jax.jit(lambda: allowed(Mask(pattern(op, shape.heads)), size, shape.heads)[0])()
+    size, mask = (1, shape.heads, shape.length, shape.length), Mask(pattern(op, shape.heads, random_blocks))
+    return jax.jit(lambda: allowed(mask, size, shape.heads)[0])()
 
 
 def work(given: Problem) -> tuple[float | None, float | None]:
