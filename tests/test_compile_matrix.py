@@ -187,8 +187,7 @@ def test_launches_that_a_gpu_cannot_take_are_named(launch, why):
 
 def test_a_load_without_its_mask_is_named(monkeypatch):
     monkeypatch.setattr(examine, "missing_wheels", lambda: "as if")
-    load = plk.load
-    monkeypatch.setattr(plk, "load", lambda ref, index, mask, *rest, **how: load(ref, index, True, *rest, **how))
+    monkeypatch.setattr(plk, "load", lambda ref, index, mask: plk.pltriton.load(ref.at[index]))
     failures = examine.examine(ODD, "h100")["failures"]
     assert failures and all(line.startswith("attend_forward: unmasked load (elements ") for line in failures)
 
