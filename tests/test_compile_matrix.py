@@ -6,6 +6,7 @@ from itertools import combinations, product
 from types import SimpleNamespace
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import pytest
 from jax import lax
@@ -185,6 +186,10 @@ def test_launches_that_a_gpu_cannot_take_are_named(launch, why):
     assert re.match(why, failure), failure
 
 
+@pytest.mark.skipif(
+    jax.__version_info__ >= (0, 12),
+    reason="JAX 0.12 masks blocks that pass the end of an array itself; what it leaves to us: test_compile_report",
+)
 def test_a_load_without_its_mask_is_named(monkeypatch):
     monkeypatch.setattr(examine, "missing_wheels", lambda: "as if")
     monkeypatch.setattr(plk, "load", lambda ref, index, mask: plk.pltriton.load(ref.at[index]))
