@@ -9,6 +9,7 @@ recorded as they were set.
 
 import argparse
 import datetime
+import gc
 import importlib.metadata
 import json
 import os
@@ -117,7 +118,7 @@ def _parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     parser.add_argument("--minutes", type=float, metavar="M", help=f"begin no row later (gpu suite: {GPU_MINUTES:g})")
     parser.add_argument(
-        "--out", type=Path, metavar="FILE", help="the report (default runs/benchmarks/<device>/<suite>.json)"
+        "--out", type=_file, metavar="FILE", help="the report (default runs/benchmarks/<device>/<suite>.json)"
     )
     return parser
 
@@ -131,6 +132,15 @@ def _positive(text: str) -> int:
 def _folder(text: str) -> Path:
     if not (path := Path(text)).is_dir():
         raise argparse.ArgumentTypeError(f"{text} is no folder")
+    return path
+
+
+def _file(text: str) -> Path:
+    path = Path(text)
+    if path.is_dir():
+        raise argparse.ArgumentTypeError(f"{text} is a folder")
+    if not next(parent for parent in path.parents if parent.exists()).is_dir():
+        raise argparse.ArgumentTypeError(f"{text} is in no folder")
     return path
 
 
@@ -148,7 +158,11 @@ def _fill(report: dict[str, Any], arguments: argparse.Namespace, out: Path) -> N
     minutes = arguments.minutes if arguments.minutes is not None else None if on_cpu else GPU_MINUTES
     chosen = Options(tuple(arguments.op), arguments.longest, arguments.quick, tuple(arguments.originals))
     entries = list(SUITES[arguments.suite](chosen))
-    report["ceilings"] = ceilings(["float32"] if on_cpu else ["bfloat16", "float32"], seconds)
+    try:
+        report["ceilings"] = ceilings(["float32"] if on_cpu else ["bfloat16", "float32"], seconds)
+    except Exception as error:  # rows are worth having without shares of them
+        report["ceilings_error"] = _reason(error)
+        print(f"no ceilings: {report['ceilings_error']}", file=sys.stderr)
     for number, (title, measured) in enumerate(entries):
         if minutes is not None and time.monotonic() - start > 60 * minutes:
             report["left_out"].append(title)
@@ -157,7 +171,9 @@ def _fill(report: dict[str, Any], arguments: argparse.Namespace, out: Path) -> N
         try:
             row = measured(effort, report["ceilings"])
         except Exception as error:  # no right result to compare with, for want of memory perhaps
-            row = {"case": title, "error": f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"}
+            row = {"case": title, "error": _reason(error)}
+        if not on_cpu:
+            _free()
         report["rows"].append(row)
         _write(report, out)
         _progress(None, len(entries), start, "")
@@ -165,6 +181,18 @@ def _fill(report: dict[str, Any], arguments: argparse.Namespace, out: Path) -> N
     for title in report["left_out"]:
         print(f"{title}: left out, {minutes:g} minutes were over")
     report["complete"] = not report["left_out"]
+
+
+def _reason(error: Exception) -> str:
+    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+
+
+def _free() -> None:
+    """Give back what the last row held on the device, which JAX and torch share."""
+    gc.collect()
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def _write(report: dict[str, Any], out: Path) -> None:

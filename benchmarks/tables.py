@@ -65,6 +65,8 @@ def markdown(report: dict[str, Any]) -> str:
             else:
                 faults.append(f"{row['case']}: {name} {entry['status']}, not timed: {entry['reason']}")
     faults += [f"{title}: left out for want of time" for title in report.get("left_out", [])]
+    if "ceilings_error" in report:
+        faults.append(f"no ceilings: {report['ceilings_error']}")
     if report.get("absent"):
         faults.append(f"not installed: {', '.join(report['absent'])}")
     return "\n".join(lines + ([""] + [f"- {fault}" for fault in faults] if faults else []))

@@ -4,11 +4,13 @@ import json
 import os
 import signal
 import time
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
 
-from benchmarks import decoding, layers, measure, peak, problems, run, shapes, suites, tables, timing
+from benchmarks import contenders, decoding, layers, measure, peak, problems, run, shapes, suites, tables, timing
 from benchmarks.measure import Case, Effort
 from benchmarks.run import main
 from benchmarks.shapes import Shape
@@ -62,6 +64,45 @@ def test_a_slow_contender_gets_fewer_rounds_and_others_all():
     slow, fast = (Contender(name, lambda s=s: time.sleep(s), dict) for name, s in (("slow", 0.02), ("fast", 0.0)))
     samples = interleave([slow, fast], rounds=5, warmup=0, seconds=0.045)
     assert len(samples["slow"]) in (1, 2) and len(samples["fast"]) == 5
+
+
+def test_a_first_call_that_compiled_is_no_measure_of_the_others(monkeypatch):
+    monkeypatch.setattr(measure, "LONG", 0.05)
+    monkeypatch.setattr(timing, "LONG", 0.05)
+    calls = []
+
+    def result():
+        time.sleep(0.06)
+        return {"out": np.ones(3)}
+
+    given = problems.problem("prefix_sum", SMALL, False)
+    case = Case(
+        given, {"peer": lambda: Contender("peer", lambda: calls.append(1), result)}, lambda: {"out": np.ones(3)}
+    )
+    entry = measure.measure(case, Effort(rounds=3, seconds=1.0, growth=False), {})["contenders"]["peer"]
+    assert len(entry["samples_s"]) == 3 and len(calls) == 1 + 1 + 2 * 3  # the second call, a look, warmed rounds
+
+
+def test_queued_calls_hold_no_outputs_of_those_before(monkeypatch):
+    class Output:
+        alive = most = 0
+
+        def __init__(self):
+            Output.alive += 1
+            Output.most = max(Output.most, Output.alive)
+
+        def __del__(self):
+            Output.alive -= 1
+
+    compiled = SimpleNamespace(lower=lambda *_: compiled, compile=lambda: call)
+    call: Any = lambda *_: Output()  # noqa: E731
+    call.memory_analysis = lambda: None
+    monkeypatch.setattr(contenders, "jax", SimpleNamespace(
+        jit=lambda _: compiled, default_backend=lambda: "gpu", block_until_ready=lambda x: x))  # fmt: skip
+    made = contenders.compiled_contender("peer", lambda: {})
+    assert made.repeat is not None
+    made.repeat(8)
+    assert Output.most == 1
 
 
 def _case(**values):
@@ -177,6 +218,22 @@ def test_a_row_that_raises_is_reported_and_the_run_goes_on(monkeypatch, small_su
     assert json.loads(out.read_text())["rows"] == [{"case": "first", "error": "MemoryError: too large"}, row]
 
 
+def test_a_run_goes_on_without_ceilings(monkeypatch, small_suite, tmp_path, capsys):
+    def fail(*_):
+        raise MemoryError("2 GB")
+
+    row = {"case": "only", "contenders": {}}
+    monkeypatch.setattr("benchmarks.ceilings.ceilings", fail)
+    monkeypatch.setitem(suites.SUITES, "cpu", lambda _: iter([("only", lambda *_: row)]))
+    out = tmp_path / "cpu.json"
+    assert main(["--out", str(out)]) == 0
+    report = json.loads(out.read_text())
+    assert report["rows"] == [row] and report["ceilings"] == {}
+    capsys.readouterr()
+    assert tables.main([str(out)]) == 0
+    assert "- no ceilings: MemoryError: 2 GB" in capsys.readouterr().out
+
+
 def test_the_gpu_suite_begins_with_every_operation():
     titles = [title for title, _ in suites.gpu(suites.Options())]
     first = list(dict.fromkeys(title.split()[0] for title in titles[: 2 * len(problems.OPS) + 1]))
@@ -242,6 +299,8 @@ def test_originals_take_part_where_their_folder_is_given(tmp_path, monkeypatch):
         (lambda: main(["--op", "flsh"]), "invalid choice: 'flsh'"),
         (lambda: main(["--rounds", "0"]), "argument --rounds: invalid"),
         (lambda: main(["--originals", "/nowhere"]), "/nowhere is no folder"),
+        (lambda: main(["--out", "/"]), "argument --out: / is a folder"),
+        (lambda: main(["--out", f"{__file__}/cpu.json"]), "cpu.json is in no folder"),
         (lambda: tables.main(["/nowhere.json"]), "/nowhere.json is no report"),
     ],
 )
