@@ -10,6 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 
 import evo_jax
+from benchmarks.programs import Program
+from benchmarks.roofline import operations
 from benchmarks.shapes import Shape
 from evo_jax import EvoParams
 from evo_jax.attention import head_windows, sparse_pattern
@@ -113,35 +115,25 @@ def visible(op: str, shape: Shape, random_blocks: int = 3) -> jax.Array:
     return jax.jit(lambda: allowed(mask, size, shape.heads)[0])()
 
 
-def work(given: Problem) -> tuple[float | None, float | None]:
-    """(flops, bytes) that the operation must do and move; None where nobody counts them.
+def work(given: Problem) -> tuple[float | None, float]:
+    """(flops, bytes) that the operation must do and move; no flops of what nobody counts, as whole layers.
 
-    Bytes: every argument is read and every result is written once. Flops: 4 D for each pair that is seen, 14 D with
-    gradients, whose backward computes the scores again; 4 D^2 for a token and head of linear attention, 8 D^2 of Evo,
-    three times that with gradients; one addition for each element of a prefix sum.
+    Bytes: every argument is read and every result is written once. Flops: those of benchmarks.roofline.
     """
-    shape, gradient = given.shape, given.gradient
     size = (
         sum(a.size * a.dtype.itemsize for a in given.arrays.values()) + given.cotangent.size * given.cotangent.itemsize
     )
-    moved = float(size if not gradient else 2 * size)  # out is as large as its cotangent, gradients as their arrays
-    rows = shape.batch * shape.heads * shape.length
-    if given.op == "prefix_sum":
-        return float(rows * shape.width) * (2 if gradient else 1), moved
-    if given.op in ("linear", "evo"):
-        return (4.0 if given.op == "linear" else 8.0) * rows * shape.width**2 * (3 if gradient else 1), moved
-    pairs = _pairs(given.op, shape)
-    return None if pairs is None else (14.0 if gradient else 4.0) * shape.width * pairs, moved
+    moved = float(2 * size if given.gradient else size)  # out is as large as its cotangent, gradients as their arrays
+    program = _program(given)
+    return None if program is None else float(operations(program)), moved
 
 
-def _pairs(op: str, shape: Shape) -> float | None:
-    """Of query and key that see each other, over batch and heads."""
-    rule = pattern(op, shape.heads)
-    if rule.scattered:
-        if shape.length > 8192:
-            return None
-        seen = np.asarray(jnp.sum(visible(op, shape), axis=(1, 2), dtype=jnp.int32), np.float64)
-        return float(shape.batch * shape.heads * seen.mean())
-    position = np.arange(1, shape.length + 1, dtype=np.float64)
-    each = [np.minimum(position, left + 1).sum() for left, _ in rule.windows]
-    return float(shape.batch * sum(each) * (shape.heads / len(each)))
+def _program(given: Problem) -> Program | None:
+    """The same as the compile report knows it."""
+    shape, op = given.shape, given.op
+    sizes: dict[str, Any] = {"batch": shape.batch, "length": shape.length, "heads": shape.heads, "width": shape.width}
+    kv_heads = given.arrays["key"].shape[2] if "key" in given.arrays else shape.heads
+    sizes |= {"dtype": shape.dtype, "kv_heads": kv_heads, "window": WINDOW}
+    if op == "decode":
+        return Program("flash", "decode", **sizes)
+    return Program(op, "backward" if given.gradient else "forward", **sizes) if op in OPS else None

@@ -143,16 +143,24 @@ def test_a_row_reports_what_is_wrong_or_fails_and_times_the_rest():
 
 
 @pytest.mark.parametrize("op", ["flash", "sliding_window", "sparse", "multiscale"])
-def test_work_counts_the_pairs_that_the_mask_allows(op, monkeypatch):
-    monkeypatch.setattr(problems, "WINDOW", 10)
-    monkeypatch.setattr(problems, "BLOCK", 8)
-    monkeypatch.setattr(problems, "WINDOWS", (5, 20))
-    shape = Shape(3, 4, 50, 16)
-    seen = allowed(Mask(problems.pattern(op, 4)), (1, 4, 50, 50), 4)
-    pairs = int(np.broadcast_to(np.asarray(seen), (3, 4, 50, 50)).sum())
-    given = problems.problem(op, shape, False)
-    assert problems.work(given) == (4 * 16 * pairs, 4 * 4 * 3 * 4 * 50 * 16)
-    assert problems.work(problems.problem(op, shape, True)) == (14 * 16 * pairs, 8 * 4 * 3 * 4 * 50 * 16)
+def test_work_counts_the_pairs_that_the_mask_allows(op):
+    shape = Shape(3, 6, 300, 16)
+    seen = allowed(Mask(problems.pattern(op, 6)), (1, 6, 300, 300), 6)
+    pairs = 3 * int(np.broadcast_to(np.asarray(seen), (1, 6, 300, 300)).sum())
+    moved = 4 * 4 * 3 * 6 * 300 * 16
+    assert problems.work(problems.problem(op, shape, False)) == (4 * 16 * pairs, moved)
+    assert problems.work(problems.problem(op, shape, True)) == (14 * 16 * pairs, 2 * moved)
+
+
+@pytest.mark.parametrize("op, forward, both", [("linear", 4, 14), ("evo", 8, 32), ("prefix_sum", 1 / 16, 2 / 16)])
+def test_work_follows_the_roofline_with_gradients_too(op, forward, both):
+    size = 2 * 48 * 16**2
+    counted = [problems.work(problems.problem(op, SMALL, gradient))[0] for gradient in (False, True)]
+    assert counted == [forward * size, both * size]
+
+
+def test_nobody_counts_the_work_of_a_layer():
+    assert problems.work(layers.layer_problem("sparse_layer", SMALL, True))[0] is None
 
 
 @pytest.fixture
@@ -244,6 +252,7 @@ def test_decoding_is_judged_and_measured():
     row = measure.measure(decoding.case(Shape(2, 4, 70, 16), "interpret"), QUICK, {"copy_bytes_per_s": 1e9})
     assert [entry["status"] for entry in row["contenders"].values()] == ["ok", "ok"]
     assert row["bytes"] == 4 * 16 * (2 * 2 * 70 + 2 * 2 * 4)
+    assert row["flops"] == 4 * 16 * 2 * 4 * 70  # one query of each head sees the whole cache
 
 
 def test_growth_is_that_of_one_call(monkeypatch):
