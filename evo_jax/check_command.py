@@ -4,6 +4,7 @@ import argparse
 import datetime
 import importlib.metadata
 import json
+import os
 import platform
 import sys
 from collections.abc import Iterable
@@ -43,25 +44,44 @@ def add(commands: Any) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Exit status: 0 where all passed, 1 where not, 2 where it could not begin."""
     implementations = _once(arguments.backend or (["triton"] if has_cuda_device() else []) + ["reference"])
-    if "triton" in implementations and not has_cuda_device():
-        print("check: --backend triton needs a CUDA device, and JAX sees none", file=sys.stderr)
-        return 2
-    if arguments.json and not arguments.json.parent.is_dir():
-        print(f"check: --json {arguments.json}: there is no folder {arguments.json.parent}", file=sys.stderr)
+    if refusal := _refusal(implementations, arguments.json):
+        print(f"check: {refusal}", file=sys.stderr)
         return 2
     chosen = (_once(arguments.op or OPS), _once(arguments.dtype or check.DTYPES), implementations)
     done: list[check.Row] = []
+    written = True
     try:
         for row in _with_progress(check.rows(*chosen), check.count(*chosen)):
             done.append(row)
     finally:
         print(table(done))
         if arguments.json:
-            report = {"environment": environment(), "rows": [row.as_dict() for row in done]}
-            arguments.json.write_text(json.dumps(report, indent=1) + "\n")
+            written = _write(arguments.json, done)
     failed = [row for row in done if not row.passed]
     print(f"{len(done) - len(failed)} of {len(done)} passed on {jax.devices()[0].device_kind}, jax {jax.__version__}")
-    return 1 if failed else 0
+    return 1 if failed or not written else 0
+
+
+def _refusal(implementations: list[str], path: Path | None) -> str | None:
+    """Why the command cannot begin."""
+    if "triton" in implementations and not has_cuda_device():
+        return "--backend triton needs a CUDA device, and JAX sees none"
+    if path and os.path.isdir(path):
+        return f"--json {path}: it is a folder"
+    if path and not os.path.isdir(path.parent):
+        return f"--json {path}: there is no folder {path.parent}"
+    return None
+
+
+def _write(path: Path, rows: list[check.Row]) -> bool:
+    """Whether the JSON could be written; one line on stderr where not."""
+    report = {"environment": environment(), "rows": [row.as_dict() for row in rows]}
+    try:
+        path.write_text(json.dumps(report, indent=1) + "\n")
+    except OSError as error:
+        print(f"check: --json {path}: {error.strerror}", file=sys.stderr)
+        return False
+    return True
 
 
 def table(rows: Iterable[check.Row]) -> str:

@@ -46,6 +46,14 @@ def test_a_report_holds_errors_and_limits(tmp_path, capsys):
     assert "1 of 1 passed" in capsys.readouterr().out
 
 
+def test_a_report_that_cannot_be_written_is_one_line_and_status_1(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(check, "CASES", (BY_NAME["prefix_sum both ways"],))
+    path = tmp_path / ("x" * 300)  # longer than any file's name
+    assert main(["check", "--op", "prefix_sum", "--dtype", "float32", "--json", str(path)]) == 1
+    printed = capsys.readouterr()
+    assert "1 of 1 passed" in printed.out and printed.err == f"check: --json {path}: File name too long\n"
+
+
 def _plant(monkeypatch, wrong):
     """Let the softmax family's output be wrong(out)."""
     right = attention._run
@@ -124,9 +132,10 @@ def test_rounding_of_every_result(x64, bits, dtype):
     [
         (["--backend", "triton"], "check: --backend triton needs a CUDA device"),
         (["--json", "/nowhere/at/all/x.json"], "there is no folder /nowhere/at/all"),
+        (["--json", "."], "check: --json .: it is a folder"),
         (["--op", "flsh"], "invalid choice: 'flsh'"),
     ],
-    ids=["triton", "folder", "op"],
+    ids=["triton", "no_folder", "folder", "op"],
 )
 def test_bad_arguments_are_one_line(capsys, arguments, message):
     status = partial(main, ["check", *arguments])
