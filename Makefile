@@ -36,7 +36,7 @@ test: $(VENV)/.ready
 
 # The newest lane takes one GPU alone: its budgets and lowering are JAX's, and the base lane has all three.
 compile: $(VENV)/.ready
-	$(BIN)/python -m benchmarks.compile_report $(if $(filter newest,$(LANE)),--target h100) $(ARGS)
+	$(BIN)/python -m benchmarks.compile_report --require-compile $(if $(filter newest,$(LANE)),--target h100) $(ARGS)
 
 lint: $(VENV)/.ready
 	$(BIN)/ruff check

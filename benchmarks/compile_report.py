@@ -49,7 +49,9 @@ def main(argv: list[str] | None = None) -> int:
         cells = _cells(options)
     except ValueError as error:
         parser.error(str(error))
-    if options.json and not options.json.parent.is_dir():
+    if options.json and os.path.isdir(options.json):
+        parser.error(f"--json: {options.json} is a folder")
+    if options.json and not os.path.isdir(options.json.parent):
         parser.error(f"--json: there is no folder {options.json.parent}")
     if not cells:
         parser.error("the matrix holds no such program; with a shape any is compiled: --shape D72")
@@ -77,12 +79,14 @@ def report(cells: Sequence[tuple[Buildable, str]], options: argparse.Namespace) 
         if compiled := result["report"]:
             result["failures"] += budgets.worsened(compiled, table.get(_key(program, target)))
             result["failures"] += budgets.over_aim(program, compiled)
-    if options.json:
-        options.json.write_text(_json(results))
-    return _print(results, time.monotonic() - start)
+    unbudgeted = sum(bool(result["report"]) and _key(*cell) not in table for cell, result in results.items())
+    _print(results, unbudgeted, time.monotonic() - start)
+    written = not options.json or _write(options.json, results)
+    failed = any(result["failures"] for result in results.values())
+    return 1 if failed or not written or (options.require_compile and missing_wheels()) else 0
 
 
-def _print(results: Results, seconds: float) -> int:
+def _print(results: Results, unbudgeted: int, seconds: float) -> None:
     reports = [(program, result["report"]) for (program, _), result in results.items() if result["report"]]
     if reports:
         print(kernel_table(reports), program_table(reports), sep="\n\n", end="\n\n")
@@ -91,9 +95,20 @@ def _print(results: Results, seconds: float) -> int:
     print(*failures, sep="\n", end="\n" * bool(failures))
     counts = f"{len(results)} programs lowered and audited, {len(reports)} compiled ({cached} of them before)"
     print(f"{counts}, {len(failures)} failures, {seconds:.0f} s")
+    if unbudgeted:
+        print(f"{unbudgeted} of those compiled have no budget")
     if absent := missing_wheels():
         print(f"Nothing was compiled: {absent}")
-    return 1 if failures else 0
+
+
+def _write(path: Path, results: Results) -> bool:
+    """Whether the JSON could be written; one line on stderr where not."""
+    try:
+        path.write_text(_json(results))
+    except OSError as error:
+        print(f"--json {path}: {error.strerror}", file=sys.stderr)
+        return False
+    return True
 
 
 def _sweep(options: argparse.Namespace) -> int:
@@ -192,6 +207,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--sweep", choices=OPS, help="try launches of its kernels and rank those that spill nothing")
     parser.add_argument("--full", action="store_true", help="the whole matrix, not a part that covers it")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write every report here")
+    parser.add_argument("--require-compile", action="store_true", help="exit 1 where the compiler is not installed")
     parser.add_argument("--jobs", type=_positive, default=os.cpu_count(), help="processes that compile at a time")
     parser.add_argument("--limit", type=float, default=300, metavar="SECONDS", help="that one program may take")
     parser.add_argument("--no-cache", action="store_true", help="compile again what was compiled before")

@@ -65,7 +65,7 @@ def audited(calls: list[Call], stated: str) -> list[str]:
 
 
 def problems(report: Report, dotted: set[str] | None = None) -> list[str]:
-    """Spills, more shared memory than a block may have, atomics, and products that use no tensor core.
+    """Spills and stacks, more shared memory than a block may have, atomics, and products that use no tensor core.
 
     Args:
         dotted: names of the kernels that take dot products.
@@ -74,6 +74,8 @@ def problems(report: Report, dotted: set[str] | None = None) -> list[str]:
     for kernel in report.kernels:
         if spilled := kernel.spill_store_bytes + kernel.spill_load_bytes:
             found.append(f"{kernel.name} spills {spilled} bytes")
+        elif kernel.stack_bytes:  # an array that is not in registers, or a call; what spills has a stack too
+            found.append(f"{kernel.name} keeps {kernel.stack_bytes} bytes of each thread on a stack in memory")
         if kernel.shared_bytes > limit:
             found.append(f"{kernel.name} wants {kernel.shared_bytes} bytes of shared memory, {limit} available")
         if atomics := kernel.instructions["atom/red"]:

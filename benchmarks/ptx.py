@@ -11,7 +11,7 @@ from pathlib import Path
 
 _ENTRY = re.compile(r"^\.(?:visible|weak) \.entry (\w+)\(", re.MULTILINE)
 _USAGE = re.compile(
-    r"Function properties for (\w+)\s+(?:ptxas info\s+:\s+)?\d+ bytes stack frame, "
+    r"Function properties for (\w+)\s+(?:ptxas info\s+:\s+)?(\d+) bytes stack frame, "
     r"(\d+) bytes spill stores, (\d+) bytes spill loads\s+ptxas info\s+: Used (\d+) registers"
 )
 _LAUNCH = re.compile(r"(\w+) grid: \[([\d, ]+)\] threads: \[([\d, ]+)\]\s+shared_memory: (\d+) bytes")
@@ -28,7 +28,7 @@ _INSTRUCTIONS = {
 
 @dataclass(frozen=True, slots=True)
 class KernelReport:
-    """One GPU kernel as XLA compiled it; bytes of spills are per thread, `shared_bytes` per block."""
+    """One GPU kernel as XLA compiled it; bytes of spills and stack are per thread, `shared_bytes` per block."""
 
     name: str
     registers: int
@@ -39,6 +39,7 @@ class KernelReport:
     grid: tuple[int, ...]
     instructions: dict[str, int]
     ir_bytes: int = 0  # of its Triton IR as text; the longest, where kernels share a name
+    stack_bytes: int = 0
 
     @property
     def tensor_cores(self) -> int:
@@ -86,8 +87,8 @@ def count_instructions(body: str) -> dict[str, int]:
     return {name: len(pattern.findall(body)) for name, pattern in _INSTRUCTIONS.items()}
 
 
-def register_usage(path: Path) -> dict[str, tuple[int, int, int]]:
-    """{kernel: (registers per thread, spill store bytes, spill load bytes)} of one PTX file, by `ptxas -v`."""
+def register_usage(path: Path) -> dict[str, dict[str, int]]:
+    """{kernel: its registers and bytes of spills and stack, by the names of KernelReport} of one PTX file."""
     arch = re.search(r"^\.target (\w+)", path.read_text(), re.MULTILINE)
     assert arch is not None, f"{path.name} names no target"
     ptxas = find_ptxas()
@@ -98,7 +99,8 @@ def register_usage(path: Path) -> dict[str, tuple[int, int, int]]:
     if done.returncode:
         raise RuntimeError(f"ptxas refused {path.name}: {(done.stderr or done.stdout).strip()[:2000]}")
     usage = _USAGE.findall(done.stderr + done.stdout)
-    return {name: (int(registers), int(stores), int(loads)) for name, stores, loads, registers in usage}
+    fields = ("stack_bytes", "spill_store_bytes", "spill_load_bytes", "registers")
+    return {name: dict(zip(fields, map(int, numbers), strict=True)) for name, *numbers in usage}
 
 
 def launches(dump: Path) -> dict[str, Launch]:
@@ -112,7 +114,11 @@ def launches(dump: Path) -> dict[str, Launch]:
 
 
 def kernel_reports(dump: Path, wanted: Callable[[str], bool]) -> tuple[tuple[KernelReport, ...], tuple[str, ...]]:
-    """Reports of the `wanted` GPU kernels in an XLA dump directory, and the names of the others."""
+    """Reports of the `wanted` GPU kernels in an XLA dump directory, and the names of the others.
+
+    Raises:
+        RuntimeError: no thunk sequence states a kernel's launch, so that its shared memory is not known.
+    """
     launch_of, reports, others = launches(dump), [], []
     for path in sorted(dump.glob("*.ptx")):
         every = dict(entries(path.read_text()))
@@ -120,15 +126,16 @@ def kernel_reports(dump: Path, wanted: Callable[[str], bool]) -> tuple[tuple[Ker
         others += every.keys() - bodies.keys()
         usage = register_usage(path) if bodies else {}
         for name, body in bodies.items():
-            launch = launch_of.get(name, Launch((), 0, 0))
+            if (launch := launch_of.get(name)) is None:
+                raise RuntimeError(f"XLA's dump does not state the launch of {name}: the dump options have changed")
             reports.append(
                 KernelReport(
                     name,
-                    *usage[name],
-                    launch.shared_bytes,
-                    -(-launch.threads // 32),
-                    launch.grid,
-                    count_instructions(body),
+                    shared_bytes=launch.shared_bytes,
+                    num_warps=-(-launch.threads // 32),
+                    grid=launch.grid,
+                    instructions=count_instructions(body),
+                    **usage[name],
                 )
             )
     return tuple(sorted(reports, key=lambda report: report.name)), tuple(sorted(others))

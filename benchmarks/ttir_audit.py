@@ -55,12 +55,12 @@ def wrong_dots(text: str, stated: str) -> list[str]:
     """The dots that do not take the precision `stated` for the program: "bf16", "fp16" or "tf32x3".
 
     float16 numbers are multiplied as they are or, where something computed could pass 65504, as TF32, which holds them
-    exactly.
+    exactly. Sums are in float32, always.
     """
     operands = {
-        "bf16": ("bf16 x bf16",),
-        "fp16": ("f16 x f16", "f32 x f32.* = tf32$"),
-        "tf32x3": ("f32 x f32.* = tf32x3$",),
+        "bf16": ("bf16 x bf16 -> f32",),
+        "fp16": ("f16 x f16 -> f32", "f32 x f32 -> f32.* = tf32$"),
+        "tf32x3": ("f32 x f32 -> f32.* = tf32x3$",),
     }
     found = {dot: None for dot in dot_precisions(text) if not any(re.search(f" {o}", dot) for o in operands[stated])}
     return [f"{dot}, where {stated} is stated" for dot in found]

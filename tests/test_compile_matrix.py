@@ -45,6 +45,7 @@ def test_a_part_of_the_matrix_covers_every_pair(cells):
         return {pair for fact in facts for pair in combinations(enumerate(fact), 2)}
 
     part = matrix.covering(cells)
+    assert {(program, "h100") for program in matrix.AIMED} <= set(part)
     assert pairs(part) == pairs(cells) and part == matrix.covering(cells) and len(part) < 200
 
 
@@ -95,8 +96,29 @@ def test_what_is_worse_than_its_budget_is_named_with_both_figures():
         "k takes 60001 bytes of shared memory, 60000 budgeted",
         "k has 0 wgmma and 2 mma.sync, 4 and 0 budgeted",
     ]
-    better = replace(KERNEL, registers=100, instructions={"wgmma": 2, "mma.sync": 0})
+    better = replace(KERNEL, registers=100, instructions={"wgmma": 5, "mma.sync": 0})
     assert budgets.worsened(replace(REPORT, temp_bytes=0, kernels=(better,)), allowed_row) == []
+    renamed = replace(REPORT, kernels=(replace(KERNEL, name="new"),))
+    (found,) = budgets.worsened(renamed, allowed_row)
+    assert found.startswith("new is in no budget of this program") and budgets.worsened(renamed, None) == []
+
+
+@pytest.mark.parametrize(
+    "before, now, worse",
+    [
+        *(((4, 2), (3, 2), True), ((4, 2), (4, 1), True), ((4, 2), (3, 3), False), ((0, 4), (2, 0), False)),
+        *(((4, 0), (0, 9), True), ((0, 4), (0, 0), True), ((4, 2), (4, 2), False), ((4, 2), (5, 2), False)),
+    ],
+)
+def test_fewer_tensor_core_instructions_are_worse(before, now, worse):
+    def report(counts):
+        instructions = dict(zip(("wgmma", "mma.sync"), counts, strict=True))
+        return replace(REPORT, kernels=(replace(KERNEL, instructions=instructions),))
+
+    assert len(budgets.worsened(report(now), budgets.row(report(before)))) == worse
+
+
+def test_aims_of_temporary_memory_are_absolute():
     more = replace(REPORT, temp_bytes=9 * 2**20)
     assert budgets.over_aim(Program("sparse", "backward"), more) == [
         "temporary memory is 9437184 bytes, 8388608 allowed at this shape"
@@ -206,17 +228,22 @@ def test_a_float32_product_in_tf32_is_named(monkeypatch):
     assert found == ["attend_forward: dot f32 x f32 -> f32, inputPrecision = tf32, where tf32x3 is stated"]
 
 
-def test_without_the_compiler_programs_are_lowered_and_audited(monkeypatch, capsys):
+def test_without_the_compiler_programs_are_lowered_and_audited(monkeypatch, tmp_path, capsys):
     def serial(function, tasks, *rest):
         return {key: function(*arguments) for key, arguments in tasks.items()}
 
     for module in (examine, compile_report):
         monkeypatch.setattr(module, "missing_wheels", lambda: "not installed: nvidia-cuda-nvcc")
     monkeypatch.setattr(compile_report, "run_in_pool", serial)
-    assert compile_report.main(["--op", "prefix_sum", "--shape", "L100,D24", "--pass", "forward"]) == 0
+    arguments = ["--op", "prefix_sum", "--shape", "L100,D24", "--pass", "forward"]
+    assert compile_report.main(arguments) == 0
     printed = capsys.readouterr().out
     assert "1 programs lowered and audited, 0 compiled" in printed
     assert "Nothing was compiled: not installed: nvidia-cuda-nvcc" in printed
+    long = tmp_path / ("x" * 300)
+    assert compile_report.main([*arguments, "--json", str(long)]) == 1
+    assert capsys.readouterr().err.endswith(f"--json {long}: File name too long\n")
+    assert compile_report.main([*arguments, "--require-compile"]) == 1
 
 
 @needs_wheels
@@ -226,7 +253,8 @@ def test_any_shape_is_reported_on(tmp_path, capfd):
     assert compile_report.main(["--op", "sliding_window", *shape]) == 0
     printed = capfd.readouterr().out
     assert "sliding_window forward bfloat16 B1 L12345 N7 K1 D72 W1000" in printed and "attend_forward" in printed
-    assert "1 programs lowered and audited, 1 compiled" in printed and '"bound": "compute"' in path.read_text()
+    assert "1 programs lowered and audited, 1 compiled" in printed and "1 of those compiled have no budget" in printed
+    assert '"bound": "compute"' in path.read_text()
 
 
 @pytest.mark.parametrize(
@@ -241,6 +269,7 @@ def test_any_shape_is_reported_on(tmp_path, capfd):
         ("--op flash --pass decode --with bias", "no decoding with bias"),
         ("--op flash --length 0", "length=0 must be at least 1"),
         ("--jobs 0", "argument --jobs: must be at least 1"),
+        ("--json .", "--json: . is a folder"),
         ("--json no/such/folder.json", "there is no folder no/such"),
         ("--sweep flash --dtype float16", "float16 is not swept"),
         ("--op dense", "argument --op: invalid choice: 'dense'"),

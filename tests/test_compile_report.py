@@ -11,12 +11,13 @@ import jax.numpy as jnp
 import pytest
 
 from benchmarks import compile_report
-from benchmarks.compile_for import compile_for, missing_wheels
+from benchmarks.compile_for import Report, compile_for, missing_wheels
 from benchmarks.examine import problems
+from benchmarks.ptx import find_ptxas, kernel_reports
 from benchmarks.ranges import Range, divide, multiply, remainder
 from benchmarks.targets import TARGETS
 from benchmarks.ttir import ttir
-from benchmarks.ttir_audit import audit, dot_precisions, unsafe
+from benchmarks.ttir_audit import audit, dot_precisions, unsafe, wrong_dots
 from pallas_kernels import _pallas as plk
 
 needs_wheels = pytest.mark.skipif(
@@ -105,6 +106,42 @@ def test_spills_are_a_problem():
     assert len(problems(report)) == 1 and "spills" in problems(report)[0]
 
 
+_PTX = """
+.version 8.0
+.target sm_80
+.address_size 64
+.visible .entry toy(.param .u64 out, .param .u32 n)
+{
+    .local .align 4 .b8 array[64];
+    .reg .b32 %r<3>;
+    .reg .b64 %d<4>;
+    ld.param.u64 %d0, [out];
+    ld.param.u32 %r0, [n];
+    mov.u64 %d1, array;
+    mul.wide.u32 %d2, %r0, 4;
+    add.u64 %d3, %d1, %d2;
+    st.local.u32 [%d3], %r0;
+    ld.local.u32 %r1, [array+4];
+    st.global.u32 [%d0], %r1;
+    ret;
+}
+"""
+
+
+@pytest.mark.skipif(find_ptxas() is None, reason="needs ptxas")
+def test_a_stack_is_a_problem_and_a_launch_that_is_not_stated_an_error(tmp_path):
+    (tmp_path / "module.ptx").write_text(_PTX)
+    with pytest.raises(RuntimeError, match="does not state the launch of toy"):
+        kernel_reports(tmp_path, lambda name: True)
+    stated = "toy grid: [3, 1, 1] threads: [64, 1, 1] shared_memory: 7 bytes"
+    (tmp_path / "module.thunk_sequence.txt").write_text(stated)
+    ((kernel,), others) = kernel_reports(tmp_path, lambda name: True)
+    assert (kernel.grid, kernel.num_warps, kernel.shared_bytes, kernel.stack_bytes) == ((3, 1, 1), 2, 7, 64)
+    assert kernel.spill_store_bytes == kernel.spill_load_bytes == 0 and others == ()
+    (found,) = problems(Report("a100", 0, 0, 0, (kernel,), (), 0.0))
+    assert found == "toy keeps 64 bytes of each thread on a stack in memory"
+
+
 @needs_wheels
 def test_too_much_shared_memory_fails():
     with pytest.raises(jax.errors.JaxRuntimeError, match=f"available: {TARGETS['a100'].shared_memory_limit}"):
@@ -184,6 +221,17 @@ def test_int32_products_that_overflow_before_they_are_widened_are_found():
 def test_dot_precision_is_read(precision, printed):
     text = _text(_matmul(32, "float32", precision=precision))
     assert dot_precisions(text) == audit(text) == [f"dot f32 x f32 -> f32, inputPrecision = {printed}"]
+
+
+@pytest.mark.parametrize("stated, operand", [("bf16", "bf16"), ("fp16", "f16"), ("fp16", "f32"), ("tf32x3", "f32")])
+def test_sums_of_products_are_float32(stated, operand):
+    def dot(out):
+        left, right, result = (f"tensor<16x16x{dtype}>" for dtype in (operand, operand, out))
+        precision = "tf32x3" if stated == "tf32x3" else "tf32"
+        return f"%3 = tt.dot %0, %1, %2, inputPrecision = {precision} : {left} * {right} -> {result}"
+
+    assert wrong_dots(dot("f32"), stated) == []
+    assert len(wrong_dots(dot("f16"), stated)) == len(wrong_dots(dot("bf16"), stated)) == 1
 
 
 def test_range_arithmetic():
