@@ -54,9 +54,15 @@ def torch_tensor(array: jax.Array, dtype: Any = None, device: str = "cpu") -> An
 
 
 def torch_contender(
-    name: str, given: Problem, function: Callable[[dict[str, Any]], Any], backward: bool = True
+    name: str,
+    given: Problem,
+    function: Callable[[dict[str, Any]], Any],
+    backward: bool = True,
+    heads_first: bool = True,
 ) -> Contender:
-    """A function of the arrays as tensors, those of attention as (B, H, L, D), on the device that JAX uses.
+    """A function of the arrays as contiguous tensors on the device that JAX uses.
+
+    Those of attention are (B, H, L, D), or (B, L, H, D) as JAX has them where not `heads_first`.
 
     Raises:
         NotImplementedError: gradients are wanted, and it has no `backward`.
@@ -66,7 +72,8 @@ def torch_contender(
     if given.gradient and not backward:
         raise NotImplementedError("it has no backward here")
     device = "cpu" if jax.default_backend() == "cpu" else "cuda"
-    turn = (lambda a: a) if given.heads_first else (lambda a: a.transpose(1, 2) if a.ndim == 4 else a)
+    turned = heads_first and not given.heads_first
+    turn = (lambda a: a.transpose(1, 2) if a.ndim == 4 else a) if turned else (lambda a: a)
     tensor = partial(torch_tensor, dtype=getattr(torch, given.shape.dtype), device=device)
     tensors = {key: turn(tensor(a)).contiguous() for key, a in given.arrays.items()}
     cotangent = turn(tensor(given.cotangent)).contiguous()

@@ -94,9 +94,12 @@ def _flex(given: Problem, gpu: bool) -> Contender:
     """Compiled FlexAttention with a block mask; on a CPU it has no backward, and needs a C++ compiler."""
     if given.gradient and not gpu:
         raise NotImplementedError("FlexAttention has no backward on a CPU")
+    by_head, length = given.op in ("sparse", "multiscale"), given.shape.length
+    if by_head and length > 8192:
+        raise NotImplementedError(f"a block mask of each head is made of {length} x {length} values a head")
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
-    device, length = "cuda" if gpu else "cpu", given.shape.length
+    device = "cuda" if gpu else "cpu"
     if given.op == "flash":
         sees = lambda b, h, i, j: i >= j  # noqa: E731
     elif given.op == "sliding_window":
@@ -106,9 +109,9 @@ def _flex(given: Problem, gpu: bool) -> Contender:
     else:
         seen = _seen(given).to(device).expand(given.shape.heads, -1, -1)
         sees = lambda b, h, i, j: seen[h, i, j]  # noqa: E731
-    heads = given.shape.heads if given.op in ("sparse", "multiscale") else None
-    mask = create_block_mask(sees, None, heads, length, length, device=device)
-    compiled = torch.compile(flex_attention)
+    mask = create_block_mask(sees, None, given.shape.heads if by_head else None, length, length, device=device)
+    torch._dynamo.reset()  # it compiles a function only so many times, then calls it as it is
+    compiled = torch.compile(flex_attention, dynamic=False)
 
     def attend(a: Tensors) -> Any:
         return compiled(a["query"], a["key"], a["value"], block_mask=mask)
@@ -125,16 +128,15 @@ def _within_reach(reach: list[int], _b: Any, h: Any, i: Any, j: Any) -> Any:
 
 
 def _fla(given: Problem) -> Contender:
-    """flash-linear-attention's chunked kernel, whose arrays are (B, L, H, D)."""
+    """flash-linear-attention's chunked kernel, whose arrays are (B, L, H, D) and would be copied if they were not."""
     from fla.ops.linear_attn import chunk_linear_attn  # type: ignore[import-not-found]
 
     def attend(a: Tensors) -> Any:
-        query, key, value = (a[name].transpose(1, 2) for name in ("query", "key", "value"))
-        query, key = (functional.elu(x) + 1 for x in (query, key))
-        out = chunk_linear_attn(query, key, value, scale=1.0, normalize=True)
-        return (out[0] if isinstance(out, tuple) else out).transpose(1, 2)
+        query, key = (functional.elu(a[name]) + 1 for name in ("query", "key"))
+        out = chunk_linear_attn(query, key, a["value"], scale=1.0, normalize=True)
+        return out[0] if isinstance(out, tuple) else out
 
-    return torch_contender("flash-linear-attention", given, attend)
+    return torch_contender("flash-linear-attention", given, attend, heads_first=False)
 
 
 def evo(a: Tensors) -> Any:
@@ -162,8 +164,11 @@ def masked_softmax(a: Tensors, hidden: Any) -> Any:
 
 def linear(a: Tensors) -> Any:
     """Causal linear attention, token by token, with elu(x) + 1."""
-    query, key = (functional.elu(a[name]) + 1 for name in ("query", "key"))
-    value = a["value"]
+    return linear_of(functional.elu(a["query"]) + 1, functional.elu(a["key"]) + 1, a["value"])
+
+
+def linear_of(query: Any, key: Any, value: Any) -> Any:
+    """The same of features, (B, H, L, D)."""
     kv = torch.zeros(*key.shape[:2], key.shape[3], value.shape[3], dtype=value.dtype, device=value.device)
     z = torch.zeros_like(query[:, :, 0])
     outs = []
