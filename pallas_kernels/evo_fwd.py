@@ -49,6 +49,9 @@ def forward(inputs: Inputs, carry: Tables | None, geo: Geometry) -> tuple[jax.Ar
         return _launch("evo_output", _output_kernel, inputs, tables, out_type, geo), tables, last
     gate_type = jax.ShapeDtypeStruct(inputs.v.shape, geo.dot_dtype)
     gate = _launch("evo_gate", _gate_kernel, inputs, tables, gate_type, geo)
+    if geo.dot_precision == "tf32x3" and geo.width > 128:  # beside rows this wide, split products would spill registers
+        final = _launch("evo_final", _final_kernel, inputs, gate, gate_type, geo)
+        return _norm(inputs, tables, final, geo, final=True), tables, last
     return _norm(inputs, tables, gate, geo), tables, last
 
 
@@ -197,13 +200,25 @@ def _gate_kernel(inputs: Inputs, tables: Tables, gate_ref: Any, *, geo: Geometry
     t.store_tile(gate_ref, rows.index, rows.inside, block, of.gate, geo)
 
 
-def _norm(inputs: Inputs, tables: Tables, gate: jax.Array, geo: Geometry) -> jax.Array:
-    """Pass C2 of wide rows, in place of the gate where the dtypes agree; narrower blocks where products are split."""
+def _final_kernel(inputs: Inputs, gate_ref: Any, final_ref: Any, *, geo: Geometry) -> None:
+    """One column block of f."""
+    block, chunk = plk.program_id(0), plk.program_id(1)
+    rows = t.chunk_rows(inputs.rows, chunk, geo)
+    t.store_tile(final_ref, rows.index, rows.inside, block, final_gate(inputs, gate_ref, rows, block, geo), geo)
+
+
+def _norm(inputs: Inputs, tables: Tables, gate: jax.Array, geo: Geometry, final: bool = False) -> jax.Array:
+    """Pass C2 of wide rows, in place of the gate, or of f if `final`, where the dtypes agree.
+
+    Blocks are narrower where products are split, and without a carry where they would spill registers on A100.
+    """
     if geo.dot_dtype == "float32":
         geo = replace(geo, launch=replace(geo.launch, block_d=16))
+    elif geo.width > 128 and not geo.causal:
+        geo = replace(geo, launch=replace(geo.launch, block_d=min(geo.launch.block_d, 32)))
     out = jax.ShapeDtypeStruct(gate.shape, inputs.v.dtype)
     return plk.call(
-        partial(_norm_kernel, geo=geo),
+        partial(_norm_kernel, geo=geo, is_final=final),
         inputs,
         tables,
         gate,
@@ -219,7 +234,7 @@ def _norm(inputs: Inputs, tables: Tables, gate: jax.Array, geo: Geometry) -> jax
     )
 
 
-def _norm_kernel(inputs: Inputs, tables: Tables, gate_ref: Any, out_ref: Any, *, geo: Geometry) -> None:
+def _norm_kernel(inputs: Inputs, tables: Tables, gate_ref: Any, out_ref: Any, *, geo: Geometry, is_final: bool) -> None:
     """Whole rows, held as column blocks: f * c, then LayerNorm.
 
     Writing over the gate is safe: an output row waits for its LayerNorm, which waits for all of its gate.
@@ -228,7 +243,10 @@ def _norm_kernel(inputs: Inputs, tables: Tables, gate_ref: Any, out_ref: Any, *,
     rows = t.chunk_rows(inputs.rows, chunk, geo)
     parts = []
     for block in range(geo.blocks):
-        final = final_gate(inputs, gate_ref, rows, block, geo)
+        if is_final:
+            final = t.load_tile(gate_ref, rows.local, rows.inside, block, geo)
+        else:
+            final = final_gate(inputs, gate_ref, rows, block, geo)
         v = load_v(inputs, rows, block, geo)
         context = t.prefix(tables.context, chunk, block, v, geo).astype(jnp.float32)
         _, ok = t.columns(block, geo)

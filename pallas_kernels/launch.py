@@ -44,6 +44,8 @@ def evo_launch(width: int, dot_dtype: str, *, interpret: bool, backward: bool = 
     """
     widest = 64 if dot_dtype == "bfloat16" and not backward else 32
     block_d = next(block for block in (widest, 32, 16) if width % block == 0 or block == 16)
+    if dot_dtype == "float32" and backward and width % 64:
+        block_d = 16  # an odd number of 32s spills on A100
     warps = 8 if dot_dtype == "bfloat16" and backward and block_d == 32 else 4
     return Launch(block_m=64, block_d=block_d, num_warps=warps, num_stages=1, interpret=interpret)
 
@@ -54,24 +56,24 @@ SEGMENT_CHUNKS = 4  # fewest chunks of a segment: summing it first costs about a
 
 _LINEAR = {  # precision of dot products: tokens of a chunk (and where there is more to hold), most columns of a part
     "bf16": (64, 64, 64),
-    "tf32": (64, 32, 32),
+    "tf32": (32, 32, 32),
     "tf32x3": (32, 16, 16),
 }
 
 
-def linear_launch(width: int, precision: str, *, plain: bool, interpret: bool) -> Launch:
+def linear_launch(width: int, precision: str, *, plain: bool, causal: bool, interpret: bool) -> Launch:
     """The default launch of a walk over rows of `width` columns.
 
     A program holds a state of (width, 32), so that 32 heads of width 128 give 128 programs, and reads rows in parts, at
     least two, that divide the width where it is a multiple of 16. The more numbers an operand is split into, the
-    smaller its tiles are, and smaller still unless the call is `plain` (no rows, no groups, no sums of a softmax):
-    anything larger spills registers.
+    smaller its tiles are, and smaller still for a wide state, for sums over a whole sequence, and unless the call is
+    `plain` (no rows, no groups, no sums of a softmax): anything larger spills registers.
     """
     chunk, small_chunk, widest = _LINEAR[precision]
-    columns = -(-width // 16) * 16
+    columns, wide = -(-width // 16) * 16, width > 128 and precision != "bf16"
     return Launch(
-        block_m=chunk if plain else small_chunk,
-        block_d=32,
+        block_m=min(chunk if plain else small_chunk, 16 if wide else 64 if causal else 32),
+        block_d=16 if wide and not causal and precision == "tf32x3" else 32,
         num_warps=8,
         num_stages=1,
         interpret=interpret,

@@ -47,7 +47,9 @@ class Plan:
         own = {"block_m": self.block, "num_warps": self.num_warps, "num_stages": self.num_stages}
         plain = inputs.rows is None and inputs.query.shape[2] == inputs.key.shape[2]
         plain = plain and self.spec.feature_map != "softmax"
-        default = linear_launch(width, self.dots(inputs).precision, plain=plain, interpret=self.interpret)
+        default = linear_launch(
+            width, self.dots(inputs).precision, plain=plain, causal=self.spec.causal, interpret=self.interpret
+        )
         return tuned.choose(self.key(self.kernel, inputs, plain), default, own)
 
     def key(self, kernel: str, inputs: Inputs, plain: bool = True) -> tuned.Key:
