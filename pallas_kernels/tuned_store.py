@@ -21,29 +21,38 @@ _FOUND: dict[Path, dict[str, Any]] = {}  # read once: the launches of one progra
 _WARNED: set[str] = set()
 
 
-def device_kind() -> str | None:
-    """The name of this process's first CUDA device, or None without one."""
+def device() -> Any:
+    """This process's first CUDA device, or None without one."""
     try:
-        return jax.devices("cuda")[0].device_kind
+        return jax.devices("cuda")[0]
     except RuntimeError:
         return None
 
 
+def device_kind() -> str | None:
+    """The name of that device."""
+    return getattr(device(), "device_kind", None)
+
+
 def find(key: Any) -> tuple[dict[str, Any], str]:
     """(fields of the launch, where they are from: "cache", "table" or "default"); nothing without a CUDA device."""
-    device = device_kind()
-    if device is None:
+    kind = device_kind()
+    if kind is None:
         return {}, "default"
-    if found := _read(path_of(device, key), key):
+    if found := _read(kind, key):
         return found, "cache"
-    found = _table(slug(device)).get(tuple(_named(key).values()), {})
+    found = _table(slug(kind)).get(tuple(_named(key).values()), {})
     return found, "table" if found else "default"
 
 
 def has(key: Any) -> bool:
     """Whether the user's cache holds a result for `key` on this device, be it that the default is best."""
-    device = device_kind()
-    return device is not None and path_of(device, key).is_file()
+    kind = device_kind()
+    try:
+        return kind is not None and path_of(kind, key).is_file()
+    except (OSError, RuntimeError) as error:
+        warn_once(f"stored launches cannot be read: {error}")
+        return False
 
 
 def save(device: str, key: Any, launch: dict[str, Any], facts: dict[str, Any]) -> Path:
@@ -103,22 +112,30 @@ def forget() -> None:
     _table.cache_clear()
 
 
-def _read(path: Path, key: Any) -> dict[str, Any]:
+def _read(kind: str, key: Any) -> dict[str, Any]:
+    """What the cache holds, or nothing: whatever is wrong with it is worth one warning, and no operation."""
+    try:
+        path = path_of(kind, key)
+    except RuntimeError as error:  # there is no home
+        warn_once(f"stored launches cannot be read: {error}; or set EVO_CACHE_DIR")
+        return {}
     if path not in _FOUND:
         _FOUND[path] = {}
         with contextlib.suppress(FileNotFoundError, NotADirectoryError):
-            _FOUND[path] = _launch_in(path.read_bytes(), key, str(path))
+            _FOUND[path] = _launch_in(path, key)
     return _FOUND[path]
 
 
-def _launch_in(content: bytes, key: Any, where: str) -> dict[str, Any]:
+def _launch_in(path: Path, key: Any) -> dict[str, Any]:
     try:
-        entry = json.loads(content)
+        entry = json.loads(path.read_bytes())
         if entry["format"] != FORMAT or entry["key"] != _named(key):
             raise ValueError("not what its name says")
         return _checked(entry["launch"])
-    except (ValueError, KeyError, TypeError) as error:  # a UnicodeDecodeError is a ValueError
-        warn_once(f"a stored launch is ignored: {where}: {error}; delete the file, or tune again")
+    except (FileNotFoundError, NotADirectoryError):
+        raise
+    except (OSError, RecursionError, ValueError, KeyError, TypeError) as error:  # a UnicodeDecodeError is a ValueError
+        warn_once(f"a stored launch is ignored: {path}: {error}; delete the file, or tune again")
         return {}
 
 

@@ -140,6 +140,37 @@ def test_a_corrupt_file_is_ignored_with_one_warning(gpu, damage):
     assert choose(KEY, DEFAULT).block_q == 32, "tuning again mends it"
 
 
+def test_an_entry_that_cannot_be_read_is_as_none(gpu, monkeypatch):
+    path = store(gpu, block_q=64)
+    path.unlink()
+    path.mkdir()
+    with pytest.warns(RuntimeWarning, match="ignored"):
+        assert choose(KEY, DEFAULT) == DEFAULT and not tuned_store.has(KEY)
+    path.rmdir()
+    path.write_text("[" * 200_000)
+    monkeypatch.setattr(tuned_store, "_WARNED", set())
+    tuned_store.forget()
+    with pytest.warns(RuntimeWarning, match="ignored"):
+        assert choose(KEY, DEFAULT) == DEFAULT
+
+
+def test_a_cache_that_cannot_be_looked_into_is_as_none(gpu, monkeypatch, tmp_path):
+    def fail(path=None):
+        if path is None:
+            raise RuntimeError("no home")
+        if path.is_relative_to(tmp_path):
+            raise PermissionError("not yours")
+        return False
+
+    for target, names, why in ((Path, ("is_file", "read_bytes"), "not yours"), (tuned_store, ("folder",), "no home")):
+        with monkeypatch.context() as patched, pytest.warns(RuntimeWarning, match=why) as caught:
+            patched.setattr(tuned_store, "_WARNED", set())
+            for name in names:
+                patched.setattr(target, name, fail)
+            assert choose(KEY, DEFAULT) == DEFAULT and not tuned_store.has(KEY)
+        assert len(caught) == 1
+
+
 def _write(folder: str, number: int) -> None:
     import os
 
