@@ -1,6 +1,7 @@
 """Softmax attention in O(T + S) memory: flash, sliding-window, block-sparse and multi-scale, one family of masks."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import Any, TypedDict, Unpack
 
@@ -279,5 +280,8 @@ def _run(inputs: AttendInputs, spec: AttendSpec, how: str, launch: Any, op: str)
     if how == "triton":
         inputs = inputs._replace(query=require_cuda(inputs.query, op))
     run = partial(attend.attend, spec=spec, mode=how, **dict(launch))
-    autotune_first.before(run, inputs._replace(mask=Mask(inputs.mask.pattern)))
+    pattern = inputs.mask.pattern
+    if inputs.mask.offset is not None:  # its values are not known: as without lengths, the last query on the last key
+        pattern = replace(pattern, offset=inputs.key.shape[1] - inputs.query.shape[1])
+    autotune_first.before(run, inputs._replace(mask=Mask(pattern)))
     return run(inputs)

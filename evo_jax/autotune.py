@@ -13,7 +13,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from evo_jax._version import __version__
 from evo_jax.backend import aligned, on_arrays
@@ -25,6 +24,8 @@ SAMPLE = 0.01  # seconds that a sample of the default lasts at least
 GAIN = 1.02  # a candidate must be this much faster than the default: less is noise
 # Relative error of a row of results, in L2: some roundings of the dtype, and TF32 x 3 with sums in another order.
 TOLERANCE = {"bfloat16": 2**-6, "float16": 2**-8, "float32": 2**-10, "float64": 2**-10}
+STRAY = 1e-3  # share of evo's rows that may be off by more: their denominators are next to 0, and magnify rounding
+SWEPT_MASKS = {"attend_decode": "causal+rows16", "prefix": "inner"}  # of benchmarks.sweep's programs; else "causal"
 
 Fields = dict[str, Any]
 Call = Callable[[list[Any]], Any]
@@ -66,10 +67,14 @@ def autotune(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> TuneReport:
     """Find and store the fastest launches of the kernels in `fn(*args, **kwargs)` on this process's CUDA device.
 
     `fn` is traced and compiled as jax.jit would, once for each candidate, so a single operation with its gradient is a
-    better argument than a training step. Array arguments may be jax.ShapeDtypeStruct: then they are drawn. One kernel
-    is tuned after the other; a candidate counts only if its results are the default's, up to rounding. What is found
-    holds for this device, these dtypes and head widths, lengths up to the next power of two, and this version of the
-    kernels and of JAX, in all later processes; in this one, for what is traced from now on (jax.clear_caches()).
+    better argument than a training step. Array arguments may be jax.ShapeDtypeStruct: then they are drawn. All are put
+    on the first CUDA device, wherever they lie. One kernel is tuned after the other; a candidate counts only if its
+    results are the default's, up to rounding. Where no candidates were compiled beforehand for just this kernel, dtype,
+    mask and architecture, the nearest are tried; EVO_AUTOTUNE=1 leaves the default there.
+
+    What is found holds for this device, these dtypes and head widths, lengths up to the next power of two, and this
+    version of the kernels and of JAX, in all later processes; in this one, for what is traced from now on
+    (jax.clear_caches()).
 
     Results lie in EVO_CACHE_DIR, else in evo-jax under XDG_CACHE_HOME (~/.cache).
 
@@ -79,18 +84,28 @@ def autotune(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> TuneReport:
     return tune(*on_arrays(fn, args, kwargs))
 
 
-def tune(call: Call, arrays: Sequence[Any], progress: Callable[[str], None] = lambda text: None) -> TuneReport:
-    """autotune() of call(arrays); `progress` is told what is timed next."""
+def tune(
+    call: Call, arrays: Sequence[Any], progress: Callable[[str], None] = lambda text: None, *, asked: bool = True
+) -> TuneReport:
+    """autotune() of call(arrays); `progress` is told what is timed next.
+
+    Where nobody `asked` for it, what has a result stays as it is, and only launches are tried that were compiled for
+    just this case: a program that the compiler does not survive would end the user's process.
+    """
     device = tuned_store.device_kind()
     if device is None:
         raise RuntimeError("autotune times kernels on a GPU, and JAX sees no CUDA device")
-    arrays = [_drawn(i, x) for i, x in enumerate(arrays)]
     rows: list[Tuned] = []
-    for key, default in tunable(call, arrays).items():
-        progress(str(key))
-        settled = {row.key: row.best for row in rows}
-        rows.append(_tune_key(key, default, call, arrays, settled))
-        _save(device, rows[-1])
+    with jax.default_device(tuned_store.device()):
+        found = tunable(call, arrays)
+        if not asked:
+            found = {key: x for key, x in found.items() if not tuned_store.has(key) and candidates(key, x, exact=True)}
+        arrays = _placed(arrays) if found else []
+        for key, default in found.items():
+            progress(str(key))
+            settled = {row.key: row.best for row in rows}
+            rows.append(_tune_key(key, default, call, arrays, settled, exact=not asked))
+            _save(device, rows[-1])
     return TuneReport(device, tuple(rows))
 
 
@@ -101,18 +116,20 @@ def tunable(call: Call, arrays: Sequence[Any]) -> dict[Key, Fields]:
     return {key: tuned.fields_of(key, c.default) for key, c in launches.items() if c.source != "caller"}
 
 
-def candidates(key: Key, default: Fields) -> list[Fields]:
+def candidates(key: Key, default: Fields, exact: bool = False) -> list[Fields]:
     """What benchmarks.sweep found to compile without spills, for rows as wide as these or the next wider ones.
 
-    Where this architecture was not swept, the other one's: what spills is slow, and what does not compile is rejected.
+    `exact`: for this architecture, precision and mask; nothing for others. Else for the nearest that were swept: what
+    spills is slow, and what does not compile is rejected. Prefix sums along the last axis have no near ones.
     """
-    if key.kernel == "prefix":  # a dtype, not a precision
-        swept = "tf32x3" if jnp.dtype(key.precision).itemsize >= 4 else "bf16"
-    else:
-        swept = {"tf32": "tf32x3", "fp16": "bf16"}.get(key.precision, key.precision)
+    if key.mask != SWEPT_MASKS.get(key.kernel, "causal") and (exact or key.kernel == "prefix"):
+        return []
+    swept = _nearest(key)
+    if exact and key.precision not in (swept, "bfloat16", "float32"):
+        return []
     rows = [row for row in _shipped() if row["kernel"] == key.kernel and row["precision"] == swept]
-    rows = [row for row in rows if row["arch"] == _arch()] or rows
-    wider = [row for row in rows if row["width"] >= key.width]
+    same = [row for row in rows if row["arch"] == _arch(exact)]
+    wider = [row for row in (same if exact else same or rows) if row["width"] >= key.width]
     if not wider:
         return []
     found = min(wider, key=lambda row: row["width"])["candidates"]
@@ -120,17 +137,27 @@ def candidates(key: Key, default: Fields) -> list[Fields]:
     return [launch for launch in launches if {**default, **launch} != default]
 
 
-def _tune_key(key: Key, default: Fields, call: Call, arrays: list[Any], settled: dict[Any, Fields]) -> Tuned:
+def _nearest(key: Key) -> str:
+    """Of the precisions that are swept; a prefix sum's is a dtype."""
+    if key.kernel == "prefix":
+        return "tf32x3" if jnp.dtype(key.precision).itemsize >= 4 else "bf16"
+    return {"tf32": "tf32x3", "fp16": "bf16"}.get(key.precision, key.precision)
+
+
+def _tune_key(
+    key: Key, default: Fields, call: Call, arrays: list[Any], settled: dict[Any, Fields], *, exact: bool
+) -> Tuned:
     """Of the candidates whose results hold, the fastest; `settled` are the launches of other keys, found before."""
-    tried, rejected = candidates(key, default), []
+    tried, rejected = candidates(key, default, exact), []
+    stray = STRAY if key.kernel.startswith("evo_") else 0.0
     runs: dict[int, Callable[[], Any]] = {-1: _compiled(call, arrays, {**settled, key: default})}
-    expected = jax.device_get(runs[-1]())
+    expected = runs[-1]()
     for number, launch in enumerate(tried):
         try:
-            run = _compiled(call, arrays, {**settled, key: launch})
-            fault = difference(jax.device_get(run()), expected)
+            run = _compiled(call, arrays, {**settled, key: {**default, **launch}})
+            fault = difference(run(), expected, stray)
         except Exception as error:  # too much shared memory, too few registers: the compiler has many names for it
-            rejected.append((launch, f"{type(error).__name__}: {str(error).splitlines()[0][:100]}"))
+            rejected.append((launch, in_a_line(error)))
             continue
         if fault is None:
             runs[number] = run
@@ -145,39 +172,61 @@ def _tune_key(key: Key, default: Fields, call: Call, arrays: list[Any], settled:
 
 
 def _compiled(call: Call, arrays: list[Any], launches: dict[Any, Fields]) -> Callable[[], Any]:
-    with tuned.override(launches, stored=False):
+    """Kernels that are not among `launches` run as they would for the caller, from what is stored."""
+    with tuned.override(launches):
         compiled = jax.jit(lambda arrays: call(arrays)).lower(arrays).compile()
     return partial(compiled, arrays)
 
 
-def difference(actual: Any, expected: Any) -> str | None:
+def in_a_line(error: BaseException) -> str:
+    """Its kind and its first line."""
+    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:100]}"
+
+
+def difference(actual: Any, expected: Any, stray: float = 0.0) -> str | None:
     """What of a candidate's results is not the default's, or None: each row, along the last axis, by its own error.
 
     A whole array's error would hide a wrong row among thousands. Rows of next to nothing count as large as an
-    average row: they are differences of larger numbers.
+    average row: they are differences of larger numbers. A share `stray` of an array's rows, and then at least one,
+    may be off by more, while the array as a whole is not. Everything is finite where the default's result is.
     """
     pairs = zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True)
     for number, (a, b) in enumerate(pairs):
+        if b.size == 0 or b.dtype == jax.dtypes.float0:
+            continue
         if not jnp.issubdtype(b.dtype, jnp.inexact):
-            if not np.array_equal(a, b):
+            if not _same(a, b):
                 return f"result {number} differs"
             continue
-        wide, same = np.asarray(b, np.float64), np.asarray(a == b)
-        with np.errstate(invalid="ignore"):
-            off = np.where(same, 0.0, np.asarray(a, np.float64) - wide)
-        if not np.isfinite(off).all():
+        limit = TOLERANCE.get(b.dtype.name, TOLERANCE["float32"])
+        finite, worst, whole, beyond = jax.device_get(_errors(a, b, limit))
+        if not finite:
             return f"result {number} is not finite"
-        error = _worst_row(off, np.where(np.isfinite(wide), wide, 0.0))
-        if error > (limit := TOLERANCE[b.dtype.name]):
-            return f"result {number} is off by {error:.1e} in a row, {limit:.1e} allowed"
+        if beyond > (stray and max(1, int(stray * b.size / (b.shape or (1,))[-1]))):
+            return f"result {number} is off by {worst:.1e} in a row, {limit:.1e} allowed; {beyond} rows are"
+        if whole > limit:
+            return f"result {number} is off by {whole:.1e} as a whole, {limit:.1e} allowed"
     return None
 
 
-def _worst_row(off: np.ndarray, expected: np.ndarray) -> float:
-    rows, wanted = (np.atleast_1d(x).reshape(-1, np.atleast_1d(x).shape[-1]) for x in (off, expected))
-    size = np.sqrt((wanted**2).sum(1))
-    size = np.maximum(size, max(float(np.sqrt((size**2).mean())), 1e-30)) if size.size else size
-    return float((np.sqrt((rows**2).sum(1)) / size).max(initial=0.0))
+@jax.jit
+def _same(actual: jax.Array, expected: jax.Array) -> jax.Array:
+    return (actual == expected).all()
+
+
+@jax.jit
+def _errors(actual: jax.Array, expected: jax.Array, limit: float) -> tuple[jax.Array, ...]:
+    """(all finite, largest error of a row, the whole array's, rows beyond `limit`), on the arrays' device."""
+    wide = expected.dtype if expected.dtype.itemsize >= 4 else jnp.float32
+    actual, expected = jnp.atleast_1d(actual), jnp.atleast_1d(expected)
+    same = actual == expected  # infinities among them
+    kept = jnp.where(jnp.isfinite(expected), expected, 0).astype(wide)
+    off = jnp.where(same, 0, actual).astype(wide) - jnp.where(same, 0, expected).astype(wide)
+    unit = jnp.maximum(jnp.abs(kept).max(), 1e-30)  # lest squares overflow, or vanish
+    size, error = (jnp.sqrt(((jnp.abs(x) / unit) ** 2).reshape(-1, x.shape[-1]).sum(1)) for x in (kept, off))
+    mean = jnp.maximum(jnp.sqrt((size**2).mean()), 1e-30)
+    rows, whole = error / jnp.maximum(size, mean), jnp.sqrt((error**2).mean()) / mean
+    return jnp.isfinite(off).all(), rows.max(), whole, (rows > limit).sum()
 
 
 def timed(runs: dict[int, Callable[[], Any]]) -> dict[int, float]:
@@ -207,8 +256,13 @@ def _save(device: str, row: Tuned) -> None:
     try:
         date = datetime.datetime.now(datetime.UTC).date().isoformat()
         tuned_store.save(device, row.key, row.best, {**facts, "date": date})
-    except OSError as error:
+    except (OSError, RuntimeError) as error:  # the latter: there is no home
         warnings.warn(f"autotune cannot store what it found: {error}", RuntimeWarning, stacklevel=2)
+
+
+def _placed(arrays: Sequence[Any]) -> list[Any]:
+    """On the device that is tuned for, drawn where they are shapes alone."""
+    return [jax.device_put(_drawn(number, x), tuned_store.device()) for number, x in enumerate(arrays)]
 
 
 def _drawn(number: int, x: Any) -> Any:
@@ -221,9 +275,10 @@ def _drawn(number: int, x: Any) -> Any:
     return (scale * jax.random.normal(jax.random.key(number), x.shape, jnp.float32)).astype(x.dtype)
 
 
-def _arch() -> str:
-    """The nearest architecture that was swept: "sm_90" from Hopper on, else "sm_80"."""
-    return "sm_90" if float(jax.devices("cuda")[0].compute_capability) >= 9 else "sm_80"
+def _arch(exact: bool) -> str:
+    """This device's architecture, as "sm_90"; or the nearest that was swept: that from Hopper on, else "sm_80"."""
+    capability = float(jax.devices("cuda")[0].compute_capability)
+    return f"sm_{10 * capability:.0f}" if exact else "sm_90" if capability >= 9 else "sm_80"
 
 
 @cache

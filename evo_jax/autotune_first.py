@@ -1,7 +1,9 @@
 """EVO_AUTOTUNE=1: an operation's first call on a GPU, with a key that is not tuned yet, tunes it before it runs.
 
 That holds while a caller's function is traced, too: the kernels are timed on drawn arrays, in a thread that traces
-nothing. Nothing here happens without the variable; what was found before is used either way.
+nothing. Nothing here happens without the variable; what was found before is used either way, and never tuned again.
+Nobody having chosen the moment, only launches are tried that were compiled beforehand for just this architecture,
+kernel, precision and mask (autotune.candidates); for all else the default stays, and evo_jax.autotune() may be asked.
 """
 
 import os
@@ -13,7 +15,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from evo_jax.autotune import Call, tunable, tune
+from evo_jax.autotune import tunable, tune
 from evo_jax.backend import context
 from pallas_kernels import tuned, tuned_store
 
@@ -38,9 +40,10 @@ def before(run: partial, *args: Any) -> None:
     if asked in _SEEN:
         return
     _SEEN.add(asked)
+    x64 = jnp.result_type(float).itemsize == 8
     try:
         with ThreadPoolExecutor(1) as thread:
-            thread.submit(_tune, partial(_with_gradient, run, tree), types).result()
+            thread.submit(_tune, run, tree, types, x64).result()
     except Exception as error:  # the caller's operation works without
         warnings.warn(f"EVO_AUTOTUNE=1: {run.func.__name__} is not tuned: {error}", RuntimeWarning, stacklevel=2)
 
@@ -57,10 +60,15 @@ def wanted() -> bool:
     return value == "1"
 
 
-def _tune(call: Call, types: list[Any]) -> None:
-    if all(map(tuned_store.has, tunable(call, types))):
-        return
-    tune(call, types)
+def _tune(run: partial, tree: Any, types: list[Any], x64: bool) -> None:
+    """In a thread of its own, which starts without the caller's settings; decoding is tuned without gradients."""
+
+    def forward(arrays: list[Any]) -> Any:
+        return run(*jax.tree.unflatten(tree, arrays))
+
+    with jax.enable_x64(x64):
+        decoding = any(key.kernel == "attend_decode" for key in tunable(forward, types))
+        tune(forward if decoding else partial(_with_gradient, run, tree), types, asked=False)
 
 
 def _with_gradient(run: partial, tree: Any, leaves: list[Any]) -> Any:

@@ -1,6 +1,7 @@
 """`python -m evo_jax tune`: times launches on this machine's GPU, and stores the fastest for all later calls."""
 
 import argparse
+import contextlib
 import sys
 from collections.abc import Callable
 from functools import partial
@@ -10,7 +11,7 @@ from typing import Any
 import jax
 
 from evo_jax import attention, evo, linear, scan
-from evo_jax.autotune import TuneReport, tune
+from evo_jax.autotune import Tuned, TuneReport, in_a_line, tune
 from evo_jax.backend import has_cuda_device
 from pallas_kernels import tuned_store
 from reference.evo_params import EvoParams
@@ -45,21 +46,36 @@ def add(commands: Any) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Exit status: 0, or 1 where there is nothing to tune on."""
+    """Exit status: 0, or 1 where there is nothing to tune on, or a case failed; Ctrl-C shows what was found first."""
     if not has_cuda_device():
         print("tune: kernels are timed on a GPU, and JAX sees no CUDA device", file=sys.stderr)
         return 1
     sizes = (arguments.head_dim or [64, 128], arguments.length or [8192])
     cases = list(product(arguments.op or OPS, arguments.dtype or DTYPES[:1], *sizes))
-    rows = []
-    for number, case in enumerate(cases):
+    rows, failed = [], 0
+    try:
+        for number, case in enumerate(cases):
+            found = _rows_of(case, arguments, _bar(number, len(cases)))
+            rows, failed = rows + (found or []), failed + (found is None)
+    finally:
+        _bar(len(cases), len(cases))("")
+        if rows:
+            print(TuneReport(str(tuned_store.device_kind()), tuple(rows)))
+            with contextlib.suppress(RuntimeError):  # no home: autotune has said so
+                print(f"stored in {tuned_store.folder()}")
+    if not rows and not failed:
+        print(TuneReport(str(tuned_store.device_kind()), ()))
+    return 1 if failed else 0
+
+
+def _rows_of(case: Any, arguments: argparse.Namespace, progress: Callable[[str], None]) -> list[Tuned] | None:
+    """What was found for one case, or None where it failed: too little memory, say. Others may do."""
+    try:
         call, arrays = problem(*case, heads=arguments.heads, batch=arguments.batch)
-        report = tune(call, arrays, _bar(number, len(cases)))
-        rows += report.rows
-    _bar(len(cases), len(cases))("")
-    print(TuneReport(str(tuned_store.device_kind()), tuple(rows)))
-    print(f"stored in {tuned_store.folder()}")
-    return 0
+        return list(tune(call, arrays, progress).rows)
+    except Exception as error:
+        print(f"tune: {' '.join(map(str, case))}: {in_a_line(error)}", file=sys.stderr)
+        return None
 
 
 def problem(op: str, dtype: str, width: int, length: int, *, heads: int, batch: int) -> tuple[Any, list[Any]]:

@@ -26,7 +26,7 @@ def gpu(monkeypatch, tmp_path):
     """As if a CUDA device were there, with a cache and candidates of its own."""
     monkeypatch.setenv("EVO_CACHE_DIR", str(tmp_path))
     monkeypatch.setattr(tuned_store, "device_kind", lambda: "Some GPU")
-    monkeypatch.setattr(MODULE, "candidates", lambda key, default: [SLOW, FAST])
+    monkeypatch.setattr(MODULE, "candidates", lambda key, default, exact=False: [SLOW, FAST])
     tuned_store.forget()
     autotune_first._SEEN.clear()
 
@@ -68,7 +68,7 @@ def test_a_gain_within_noise_leaves_the_default(gpu, monkeypatch):
 
 def test_a_wrong_candidate_is_rejected_by_name_however_fast(gpu, monkeypatch):
     clock_by_launch(monkeypatch, {128: 0.1, 256: 0.1, 16: 0.5})
-    monkeypatch.setattr(MODULE, "candidates", lambda key, default: [WRONG, REFUSED, FAST])
+    monkeypatch.setattr(MODULE, "candidates", lambda key, default, exact: [WRONG, REFUSED, FAST])
     original = prefix_scan.exclusive_carries
 
     def faulty(totals):
@@ -151,7 +151,7 @@ def test_every_problem_of_the_command_launches_kernels(op):
 
 def test_the_variable_tunes_under_jit_once_per_key(gpu, monkeypatch):
     tuned_calls = []
-    monkeypatch.setattr(autotune_first, "tune", lambda call, types: tuned_calls.append(tunable(call, types)))
+    monkeypatch.setattr(autotune_first, "tune", lambda call, types, asked: tuned_calls.append(tunable(call, types)))
     run = jax.jit(lambda x: evo_jax.prefix_sum(x, axis=0, implementation="triton"))
     x = jax.ShapeDtypeStruct(X.shape, X.dtype)
     run.trace(x)
@@ -172,7 +172,7 @@ def test_the_variable_tunes_under_jit_once_per_key(gpu, monkeypatch):
 def test_masks_and_states_of_a_call_are_left_out_of_its_tuning(family, gpu, monkeypatch):
     monkeypatch.setenv("EVO_AUTOTUNE", "1")
     seen = []
-    monkeypatch.setattr(autotune_first, "tune", lambda call, types: seen.append(tunable(call, types)))
+    monkeypatch.setattr(autotune_first, "tune", lambda call, types, asked: seen.append(tunable(call, types)))
     valid, q = jax.ShapeDtypeStruct((1, 64), bool), jax.ShapeDtypeStruct((1, 64, 4, 16), jnp.bfloat16)
     state = evo_jax.LinearState(jnp.ones((1, 4, 16, 16)), jnp.ones((1, 4, 16)))
     calls = {
@@ -213,7 +213,7 @@ def test_tuning_runs_while_the_caller_is_traced(gpu, monkeypatch):
 
 def test_an_operation_runs_though_its_tuning_fails(gpu, monkeypatch):
     monkeypatch.setenv("EVO_AUTOTUNE", "1")
-    monkeypatch.setattr(autotune_first, "tune", lambda *_: 1 / 0)
+    monkeypatch.setattr(autotune_first, "tune", lambda *_, **__: 1 / 0)
     run = partial(prefix_scan.prefix_scan, axis=0, reverse=True, exclusive=False, accum_dtype="float32", mode="triton")
     with pytest.warns(RuntimeWarning, match="prefix_scan is not tuned: division by zero"):
         autotune_first.before(run, X)
@@ -231,6 +231,118 @@ def test_candidates_are_those_of_rows_as_wide_or_wider(monkeypatch):
         for width in (64, 128)
     ]
     monkeypatch.setattr(MODULE, "_shipped", lambda: rows)
-    monkeypatch.setattr(MODULE, "_arch", lambda: "sm_80")  # not swept here: the other's are better than none
+    monkeypatch.setattr(MODULE, "_arch", lambda exact: "sm_80")  # not swept here: the other's are better than none
     found = [candidates(Key.of("prefix", "bfloat16", width, 1, "inner"), {"chunk": 64}) for width in (64, 80, 200)]
     assert found == [[], [{"chunk": 128}], []]
+    assert not candidates(Key.of("prefix", "bfloat16", 80, 1, "last"), {"chunk": 64}), "tiles of the other axis"
+
+
+@pytest.mark.parametrize(
+    ("key", "near", "exact"),
+    [
+        (Key.of("attend_forward", "bf16", 128, 1, "causal"), True, True),
+        (Key.of("attend_forward", "bf16", 96, 1, "causal"), True, True),
+        (Key.of("attend_forward", "fp16", 128, 1, "causal"), True, False),
+        (Key.of("attend_forward", "bf16", 128, 1, "causal+scores"), True, False),
+        (Key.of("attend_decode", "bf16", 128, 1, "causal+rows16"), True, True),
+        (Key.of("attend_decode", "bf16", 128, 1, "causal+rows64"), True, False),
+        (Key.of("evo_forward", "tf32", 128, 1, "causal"), False, False),
+        (Key.of("prefix", "bfloat16", 64, 1, "inner"), True, True),
+        (Key.of("prefix", "float32", 64, 1, "inner"), True, True),
+        (Key.of("prefix", "float16", 64, 1, "inner"), True, False),
+        (Key.of("prefix", "float32", 64, 1, "last"), False, False),
+    ],
+    ids=str,
+)
+def test_unasked_only_what_was_compiled_for_just_this_case_is_tried(key, near, exact, monkeypatch):
+    monkeypatch.setattr(MODULE, "_arch", lambda exact: "sm_90")
+    default = dict.fromkeys(tuned.KERNELS[key.kernel], 0)
+    assert (bool(candidates(key, default)), bool(candidates(key, default, exact=True))) == (near, exact)
+    monkeypatch.setattr(MODULE, "_arch", lambda exact: "sm_120" if exact else "sm_90")
+    assert not candidates(key, default, exact=True) and bool(candidates(key, default)) == near
+
+
+def test_unasked_what_has_a_result_stays_and_what_has_no_candidates_is_not_stored(gpu, monkeypatch):
+    clock_by_launch(monkeypatch, {16: 0.5})
+    (key,) = tunable(call := lambda arrays: sum_of(*arrays), [X])
+    with monkeypatch.context() as patched:
+        patched.setattr(MODULE, "candidates", lambda key, default, exact: [])
+        assert not MODULE.tune(call, [X], asked=False).rows and not tuned_store.has(key)
+    tuned_store.save("Some GPU", key, {"chunk": 32}, {})
+    assert not MODULE.tune(call, [X], asked=False).rows
+    assert tuned_store.find(key) == ({"chunk": 32}, "cache")
+
+
+def test_all_arrays_are_on_the_device_that_is_tuned_for(gpu, monkeypatch):
+    monkeypatch.setattr(tuned_store, "device", lambda: jax.devices("cpu")[0])
+    seen = []
+    monkeypatch.setattr(MODULE, "_tune_key", lambda *args, exact: (seen.append(args[3]), 1 / 0))
+    for x in (X, jnp.asarray(X), jax.ShapeDtypeStruct(X.shape, X.dtype)):
+        with pytest.raises(ZeroDivisionError):
+            evo_jax.autotune(sum_of, x)
+    assert [x.committed for (x,) in seen] == [True] * 3
+
+
+@pytest.mark.parametrize(("queries", "kernels"), [(1, {"decode"}), (128, {"forward", "d_query", "d_key_value"})])
+def test_a_cache_is_tuned_with_its_queries_at_the_end_and_a_step_without_gradients(queries, kernels, gpu, monkeypatch):
+    monkeypatch.setenv("EVO_AUTOTUNE", "1")
+    seen, masks = [], []
+    original = autotune_first.before
+    monkeypatch.setattr(autotune_first, "before", lambda run, x: (masks.append(x.mask), original(run, x)))
+    monkeypatch.setattr(autotune_first, "tune", lambda call, types, asked: seen.append(tunable(call, types)))
+    query, key = (jax.ShapeDtypeStruct((1, length, 4, 16), jnp.bfloat16) for length in (queries, 4096))
+    lengths = jax.ShapeDtypeStruct((1,), jnp.int32)
+    flash = partial(evo_jax.flash_attention, implementation="triton")
+    jax.jit(lambda q, k, n: flash(q, k, k, key_value_seq_lengths=n)).trace(query, key, lengths)
+    (keys,) = seen
+    assert {key.kernel for key in keys} == {f"attend_{name}" for name in kernels}
+    assert masks[0].offset is None and masks[0].pattern.offset == 4096 - queries
+
+
+def test_the_tuning_thread_takes_over_x64(gpu, monkeypatch):
+    monkeypatch.setenv("EVO_AUTOTUNE", "1")
+    seen = []
+    monkeypatch.setattr(autotune_first, "tune", lambda *_, **__: seen.append(jnp.result_type(float).itemsize == 8))
+    run = partial(prefix_scan.prefix_scan, axis=0, reverse=False, exclusive=False, accum_dtype="float32", mode="triton")
+    for x64 in (True, False):
+        with jax.enable_x64(x64):
+            autotune_first.before(run, np.ones((9, 1 + x64), np.float32))
+    assert seen == [True, False]
+
+
+@pytest.mark.parametrize(
+    ("change", "stray", "fault"),
+    [
+        (lambda x: x.at[7].multiply(1.01), 1e-3, None),
+        (lambda x: x.at[7:12].multiply(1.01), 1e-3, "5 rows are"),
+        (lambda x: x.at[7].multiply(9.0), 1e-3, "as a whole"),
+        (lambda x: x.at[7, 3].set(jnp.nan), 1e-3, "not finite"),
+        (lambda x: 1e25 * x, 0.0, "off by"),
+    ],
+)
+def test_few_rows_of_evo_may_be_off_by_more(change, stray, fault):
+    x = jax.random.normal(jax.random.key(0), (4096, 16))
+    found = difference(change(x), x, stray)
+    assert found is None if fault is None else fault in found
+    assert difference(1e25 * x, 1e25 * x.at[7, 3].multiply(1 + 1e-6)) is None, "squares do not overflow"
+
+
+def test_a_case_that_fails_costs_no_other(monkeypatch, capsys):
+    row = MODULE.Tuned(Key.of("prefix", "float32", 64, 9, "last"), {"chunk": 16}, {"chunk": 32}, 2.0, 1.0, 1, ())
+    monkeypatch.setattr(tune_command, "has_cuda_device", lambda: True)
+    answers: list = [ValueError("no memory\nand a trace"), MODULE.TuneReport("Some GPU", (row,)), KeyboardInterrupt()]
+
+    def tune(*_):
+        answer = answers.pop(0)
+        if isinstance(answer, BaseException):
+            raise answer
+        return answer
+
+    monkeypatch.setattr(tune_command, "tune", tune)
+    sizes = ["--op", "flash", "--length", "64", "--head-dim", "16", "--head-dim", "32"]
+    assert main(["tune", *sizes]) == 1
+    out, err = capsys.readouterr()
+    assert err == "tune: flash bfloat16 16 64: ValueError: no memory\n" and "prefix float32" in out
+    answers[:0] = [MODULE.TuneReport("Some GPU", (row,))]
+    assert main(["tune", *sizes]) == 130
+    assert "prefix float32" in capsys.readouterr().out
