@@ -40,7 +40,7 @@ def compiled_contender(name: str, function: Callable[..., Mapping[str, jax.Array
     return Contender(
         name,
         run,
-        lambda: {key: np.asarray(a, np.float32) for key, a in run().items()},
+        run,
         None if jax.default_backend() == "cpu" else repeat,  # a CPU would run several at once
         None if memory is None else memory.temp_size_in_bytes,
     )
@@ -86,7 +86,7 @@ def torch_contender(
         out = function(leaves)
         return {"out": out} | dict(zip(leaves, torch.autograd.grad(out, list(leaves.values()), cotangent), strict=True))
 
-    return torch_calls(name, compute, lambda a: turn(a).detach().float().cpu().numpy(), device)
+    return torch_calls(name, compute, lambda a: turn(a).detach().float().contiguous().cpu().numpy(), device)
 
 
 def torch_calls(name: str, compute: Callable[[], dict[str, Any]], to_numpy: Any, device: str) -> Contender:

@@ -5,7 +5,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 import evo_jax
 from benchmarks.contenders import compiled_contender
@@ -40,9 +39,9 @@ def case(shape: Shape, kernel: str = "triton") -> Case:
     def contender(how: str) -> Contender:
         return compiled_contender(f"evo_jax {how}", partial(_decode, how), given.arrays)
 
-    def truth() -> dict[str, np.ndarray]:
+    def truth() -> Arrays:
         wide = {name: a.astype(jnp.float32) for name, a in given.arrays.items()}
-        return {name: np.asarray(a) for name, a in jax.jit(partial(_decode, "reference"))(wide).items()}
+        return jax.jit(partial(_decode, "reference"))(wide)
 
     make = {f"evo_jax {how}": partial(contender, how) for how in (kernel, "reference")}
     return Case(given, make, truth)

@@ -10,11 +10,9 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from typing import Any
 
-import numpy as np
-
 from benchmarks import peak
 from benchmarks.problems import Problem, work
-from benchmarks.timing import LONG, Contender, errors_of, fault_of, interleave, spread
+from benchmarks.timing import LONG, Contender, Results, errors_of, fault_of, interleave, spread
 
 ENOUGH = 10.0  # seconds of a first call that on a CPU, where little is compiled, stands for the others
 UNMEASURED = ("torch FlexAttention",)  # compiles in its first call, which would count as memory
@@ -26,7 +24,7 @@ class Case:
 
     given: Problem
     make: Mapping[str, Callable[[], Contender]]
-    truth: Callable[[], Mapping[str, np.ndarray]]
+    truth: Callable[[], Results]
 
     @property
     def passes(self) -> str:
@@ -101,7 +99,7 @@ def _judged(case: Case) -> tuple[dict[str, Any], list[Contender], dict[str, floa
     return entries, right, took
 
 
-def _first(contender: Contender) -> tuple[Mapping[str, Any], float]:
+def _first(contender: Contender) -> tuple[Results, float]:
     """(its result, seconds of a call): of a second one where the first was long, for that may have been compilation."""
     start = time.perf_counter()
     result = contender.result()

@@ -54,31 +54,39 @@ def cpu(options: Options) -> Iterator[Entry]:
     lengths = shapes.CPU[:1] if options.quick else shapes.CPU
     for op in filter(options.wants, (*problems.OPS, *layers.LAYERS)):
         for shape in _within(lengths, options):
-            yield from _both(op, shape, options)
+            yield from _passes(op, shape, options)
     for op in filter(options.wants, () if options.quick else shapes.LINEAR_TIME):
         for shape in _within(shapes.CPU_LONG, options):
-            yield from _both(op, shape, options, alone=True)
+            yield from _passes(op, shape, options, alone=True)
     for kind in generation.KINDS if options.wants("generate") and not options.quick else ():
         yield f"generate {kind}", partial(_generation, kind, min(4096, options.longest))
 
 
 def gpu(options: Options) -> Iterator[Entry]:
-    """First every operation at its first shape, then decoding, then the other shapes."""
-    most = max(map(len, shapes.GPU.values()))
-    for turn in range(1 if options.quick else most):
-        for op in filter(options.wants, problems.OPS):
-            for shape in _within(shapes.GPU[op][turn : turn + 1], options):
-                yield from _both(op, shape, options)
-        if turn == 0 and options.wants("decode"):
-            for shape in _within(shapes.GPU_DECODE[:1] if options.quick else shapes.GPU_DECODE, options):
-                yield f"decode {shape}", partial(_decode, shape)
+    """First every operation at its first shape, then decoding, then their gradients, then the other shapes."""
+    yield from _turn(0, (False,), options)
+    if options.wants("decode"):
+        for shape in _within(shapes.GPU_DECODE[:1] if options.quick else shapes.GPU_DECODE, options):
+            yield f"decode {shape}", partial(_decode, shape)
+    yield from _turn(0, (True,), options)
+    for number in range(1, 1 if options.quick else max(map(len, shapes.GPU.values()))):
+        yield from _turn(number, (False, True), options)
 
 
 SUITES = {"cpu": cpu, "gpu": gpu}
 
 
-def _both(op: str, shape: Shape, options: Options, alone: bool = False) -> Iterator[Entry]:
-    for gradient in (False, True):
+def _turn(number: int, gradients: Sequence[bool], options: Options) -> Iterator[Entry]:
+    """Every operation at its shape of that number."""
+    for op in filter(options.wants, problems.OPS):
+        for shape in _within(shapes.GPU[op][number : number + 1], options):
+            yield from _passes(op, shape, options, gradients)
+
+
+def _passes(
+    op: str, shape: Shape, options: Options, gradients: Sequence[bool] = (False, True), alone: bool = False
+) -> Iterator[Entry]:
+    for gradient in gradients:
         title = f"{op} {'forward+backward' if gradient else 'forward'} {shape}"
         yield title, partial(_row, op, shape, gradient, options.originals, alone)
 

@@ -7,13 +7,16 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
+LARGE = 2**22  # elements; more are compared on JAX's device, in float32: copies of them take the host seconds
 SETTLE = 0.02  # seconds before a sample: thread pools spin for a while after their work, and would slow the next one
 LONG = 1.0  # seconds of a call that needs no other before it
 SAMPLE = 0.05  # seconds that a sample lasts at least: short calls follow each other, as in a training loop
 
-Results = Mapping[str, np.ndarray]
+Results = Mapping[str, Any]  # arrays of NumPy or of JAX
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,7 +32,7 @@ class Contender:
 
     name: str
     run: Callable[[], Any]
-    result: Callable[[], dict[str, np.ndarray]]
+    result: Callable[[], Results]
     repeat: Callable[[int], Any] | None = None
     temp_bytes: int | None = None
 
@@ -42,13 +45,24 @@ def errors_of(actual: Results, expected: Results) -> dict[str, float]:
     """Relative L2 difference of each expected array; infinite for one that is missing, NaN where NaN is."""
     errors = {}
     for name, wanted in expected.items():
-        wide = np.asarray(wanted, np.float64)
-        if name not in actual or np.shape(actual[name]) != wide.shape:
+        if name not in actual or np.shape(actual[name]) != np.shape(wanted):
             errors[name] = math.inf
-            continue
-        difference = np.linalg.norm(np.asarray(actual[name], np.float64) - wide)
-        errors[name] = float(difference / max(np.linalg.norm(wide), 1e-300))
+        elif np.size(wanted) > LARGE:
+            errors[name] = float(_error_of_large(actual[name], wanted))
+        else:
+            wide = np.asarray(wanted, np.float64)
+            difference = np.linalg.norm(np.asarray(actual[name], np.float64) - wide)
+            errors[name] = float(difference / max(np.linalg.norm(wide), 1e-300))
     return errors
+
+
+@jax.jit
+def _error_of_large(actual: Any, wanted: Any) -> jax.Array:
+    """All elements, so that nothing wrong is missed; norms of rows, then of those, which keeps float32 exact enough."""
+    actual, wanted = (x.astype(jnp.float32) for x in (actual, wanted))
+    rows = [jnp.linalg.norm(x, axis=-1) for x in (actual - wanted, wanted)]
+    difference, size = (jnp.linalg.norm(x.ravel()) for x in rows)
+    return difference / jnp.maximum(size, 1e-30)
 
 
 def fault_of(errors: Mapping[str, float], tolerances: Mapping[str, float]) -> str | None:

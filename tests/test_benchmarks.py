@@ -8,6 +8,7 @@ import time
 from types import SimpleNamespace
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -44,6 +45,21 @@ def test_the_gate_stops_a_wrong_contender_before_it_is_timed(wrong):
 def test_the_gate_reports_the_largest_difference():
     pair = [_contender("right", 1.0, []), _contender("near", 1.001, [])]
     assert gate(pair, {"out": 1e-2})["out"] == pytest.approx(1e-3)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_large_arrays_are_judged_whole(monkeypatch, dtype):
+    """By JAX in float32, as small ones in float64; one NaN and one wrong tile among the last elements are seen."""
+    right = np.random.default_rng(0).standard_normal((3, 70, 64), np.float32)
+    near, tile, nan = (jnp.asarray(right, dtype) for _ in range(3))
+    near, tile, nan = near * 1.01, tile.at[-1, -2:].set(0), nan.at[-1, -1, -1].set(jnp.nan)
+    actual = {"near": near, "tile": tile, "nan": nan, "shape": near[:1]}
+    small = timing.errors_of(actual, dict.fromkeys(actual, right))
+    monkeypatch.setattr(timing, "LARGE", 1000)
+    for arrays in (actual, {name: np.asarray(a, np.float32) for name, a in actual.items()}):
+        errors = timing.errors_of(arrays, dict.fromkeys(actual, right))
+        assert errors == pytest.approx(small, rel=1e-4, nan_ok=True)
+    assert small["tile"] > 0.05 and np.isnan(small["nan"]) and small["shape"] == np.inf
 
 
 def test_rounds_interleave():
@@ -245,8 +261,12 @@ def test_a_run_goes_on_without_ceilings(monkeypatch, small_suite, tmp_path, caps
 
 def test_the_gpu_suite_begins_with_every_operation():
     titles = [title for title, _ in suites.gpu(suites.Options())]
-    first = list(dict.fromkeys(title.split()[0] for title in titles[: 2 * len(problems.OPS) + 1]))
-    assert first == [*problems.OPS, "decode"] and len(titles) > 60
+    first = next(number for number, title in enumerate(titles) if " forward+backward " in title)
+    kinds = list(dict.fromkeys(title.split()[0] for title in titles[:first]))
+    assert kinds == [*problems.OPS, "decode"] and first == len(problems.OPS) + len(shapes.GPU_DECODE)
+    gradients = titles[first : first + len(problems.OPS)]
+    assert gradients == [title.replace("forward", "forward+backward") for title in titles[: len(problems.OPS)]]
+    assert len(set(titles)) == len(titles) > 60
 
 
 def test_decoding_is_judged_and_measured():
