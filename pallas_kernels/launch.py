@@ -70,14 +70,15 @@ def linear_launch(width: int, precision: str, *, plain: bool, causal: bool, inte
     `plain` (no rows, no groups, no sums of a softmax): anything larger spills registers.
     """
     chunk, small_chunk, widest = _LINEAR[precision]
-    columns, wide = -(-width // 16) * 16, width > 128 and precision != "bf16"
+    columns, wide, split = -(-width // 16) * 16, width > 128 and precision != "bf16", precision == "tf32x3"
+    part = next(part for part in (64, 32, 16) if part == 16 or (part <= widest and columns % (2 * part) == 0))
     return Launch(
         block_m=min(chunk if plain else small_chunk, 16 if wide else 64 if causal else 32),
-        block_d=16 if wide and not causal and precision == "tf32x3" else 32,
+        block_d=16 if wide and split else 32,
         num_warps=8,
         num_stages=1,
         interpret=interpret,
-        block_k=next(part for part in (64, 32, 16) if part == 16 or (part <= widest and columns % (2 * part) == 0)),
+        block_k=64 if wide and split and causal else part,
     )
 
 
