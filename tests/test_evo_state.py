@@ -136,7 +136,7 @@ def test_no_access_can_leave_its_array(width, dtype):
 def test_wide_float32_takes_the_kernels_of_many_tokens():
     """There the step would spill registers."""
     modules = ttir(*Program("evo", "decode", "float32", heads=2, width=256).build())
-    assert [name for name, _ in modules] == ["evo_sums", "evo_gated_sums", "evo_gate", "evo_norm"]
+    assert [name for name, _ in modules] == ["evo_sums", "evo_gated_sums", "evo_gate", "evo_final", "evo_norm"]
 
 
 def test_sums_in_float64_of_float32_values(x64):
