@@ -9,6 +9,7 @@ from pathlib import Path
 
 from evo_jax import check_command, tune_command
 from evo_jax._version import __version__
+from evo_jax.backend import check_environment
 from evo_jax.demo.model import ATTENTION
 from evo_jax.demo.settings import BACKENDS, DTYPES, DemoError, Settings
 
@@ -20,6 +21,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit status."""
     parser = _parser()
     arguments = parser.parse_args(argv)
+    try:
+        check_environment()
+    except ValueError as error:
+        parser.error(str(error))
     try:
         return arguments.run(arguments)
     except KeyboardInterrupt:

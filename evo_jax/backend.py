@@ -10,6 +10,8 @@ from typing import Any
 
 import jax
 
+from pallas_kernels import tuned
+
 _LOGGER = logging.getLogger("evo_jax")
 _ENVIRONMENT = {"auto": "auto", "triton": "triton", "reference": "reference", "torch": "reference"}
 _CONTEXT = {**_ENVIRONMENT, "interpret": "interpret"}
@@ -29,15 +31,27 @@ class Choice:
 
 @dataclass(eq=False, slots=True)
 class Report:
-    """What explain() returns: its choices in order of first use, one of each; printed as a table."""
+    """What explain() returns: its choices in order of first use, one of each; printed as a table.
+
+    `launches` are those of the kernels among them, as pallas_kernels.tuned.recording() gathers them: printed as a
+    second table that says where each comes from: default, table (shipped), cache (tuned here), override or caller.
+    """
 
     choices: list[Choice] = field(default_factory=list)
+    launches: dict[tuned.Key, tuned.Chosen] = field(default_factory=dict)
 
     def __str__(self) -> str:
         if not self.choices:
             return "no evo_jax operation was called"
         rows = [("op", "shapes", "dtype", "implementation", "reason")]
         rows += [(c.op, " ".join(map(_shape, c.shapes)), c.dtype, c.implementation, c.reason) for c in self.choices]
+        return aligned(rows) + (f"\n\n{self._launch_table()}" if self.launches else "")
+
+    def _launch_table(self) -> str:
+        rows = [("kernel", "launch", "from")]
+        for key, chosen in self.launches.items():
+            fields = tuned.fields_of(key, chosen.launch).items()
+            rows.append((str(key), " ".join(f"{name}={value}" for name, value in fields), chosen.source))
         return aligned(rows)
 
     def __iter__(self) -> Iterator[Choice]:
@@ -84,6 +98,8 @@ def backend(name: str) -> Iterator[None]:
 def explain(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Report:
     """Say which implementation each operation inside `fn(*args, **kwargs)` would use, and why, without running it.
 
+    Where that is a kernel the report has its launch, too, and where that comes from.
+
     `fn` is traced on the shapes and dtypes of its array arguments (`jax.ShapeDtypeStruct` will do); every other
     argument is passed as it is. A jitted `fn` is traced afresh.
 
@@ -95,8 +111,9 @@ def explain(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Report:
     """
     call, arrays = on_arrays(fn, args, kwargs)
     report = Report()
-    with context(_Setting(context.value.name, report)):
+    with context(_Setting(context.value.name, report)), tuned.recording() as launches:
         jax.eval_shape(lambda arrays: (call(arrays), None)[1], arrays)
+    report.launches.update(launches)
     return report
 
 
@@ -180,6 +197,11 @@ def _resolve(op: str, wanted: str, source: str, refusal: Callable[[], str | None
     if wanted == "triton" and not cuda:
         return "triton", f"{source}; no CUDA device here, so it can be lowered but not run"
     return wanted, source
+
+
+def check_environment() -> None:
+    """ValueError where EVO_BACKEND is set to what is no implementation."""
+    _known(os.environ.get("EVO_BACKEND") or "auto", _ENVIRONMENT, "EVO_BACKEND")
 
 
 @functools.cache

@@ -14,13 +14,16 @@ import pytest
 from flax import nnx
 
 import evo_jax
+from evo_jax.__main__ import main
 from evo_jax._siblings import check
 from evo_jax.backend import Choice, choose
 from evo_jax.require_cuda import require_cuda
+from pallas_kernels import tuned
 
 ROOT = Path(__file__).resolve().parents[1]
 MODULE = importlib.import_module("evo_jax.backend")  # the attribute evo_jax.backend is the context manager
 X = np.ones((5, 3), np.float32)
+V, PARAMS = jax.ShapeDtypeStruct((1, 2, 16, 8), np.float32), evo_jax.init_evo_params(jax.random.key(0), 8)
 
 
 @pytest.fixture(autouse=True)
@@ -217,6 +220,34 @@ def test_explain_reads_modules_gradients_and_scans():
     report = evo_jax.explain(nnx.grad(loss), layer, jnp.ones((1, 5, 8)))
     assert [c.op for c in report] == ["evo_attention", "prefix_sum"]
     assert str(evo_jax.explain(jnp.sin, X)) == "no evo_jax operation was called"
+
+
+def test_explain_says_how_kernels_are_launched_and_who_chose_that():
+    def report(**launch):
+        return evo_jax.explain(lambda x: evo_jax.evo_attention(x, PARAMS, implementation="triton", **launch), V)
+
+    lines = str(report()).split("\n\n")[1].splitlines()
+    assert lines[0].split() == ["kernel", "launch", "from"]
+    assert lines[1].split()[:5] == ["evo_forward", "tf32x3", "D8", "L16", "causal"]
+    assert "block_m=64" in lines[1] and lines[1].endswith(" default")
+    assert [chosen.source for chosen in report(block_m=32).launches.values()] == ["caller"]
+    with tuned.override({"evo_forward": {"num_warps": 2}}):
+        (chosen,) = report().launches.values()
+    assert (chosen.source, chosen.launch.num_warps) == ("override", 2)
+    assert not evo_jax.explain(evo_jax.prefix_sum, X, implementation="reference").launches
+
+
+@pytest.mark.parametrize("command", (["demo"], ["check"], ["generate", "--checkpoint", "x", "--prompt", "x"]))
+def test_commands_refuse_an_unknown_evo_backend_in_one_line(command, monkeypatch, capsys):
+    monkeypatch.setenv("EVO_BACKEND", "fast")
+    with pytest.raises(SystemExit) as stop:
+        main(command)
+    assert stop.value.code == 2
+    assert (
+        capsys.readouterr()
+        .err.splitlines()[-1]
+        .endswith("error: EVO_BACKEND='fast' is not one of 'auto', 'triton', 'reference', 'torch'")
+    )
 
 
 def test_siblings_of_another_project_are_named(tmp_path, monkeypatch):
