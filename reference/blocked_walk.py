@@ -82,17 +82,17 @@ def _backward(plan: Plan, residuals: Any, cotangents: Any) -> Any:
     inputs, mask, seed, out, lse = residuals
     blocks, pull = jax.vjp(partial(_blocks, plan, mask), inputs)
     scene, heads, base = _scene(plan, mask, seed, blocks), blocks.key.shape[2], tiles.base(plan, blocks)
-    alive = lse != -jnp.inf  # NaN lives, and spreads
-    d_out, d_lse = (jnp.where(alive, x, 0) for x in (cotangents[0], cotangents[1][..., None]))
     # Not a sum of products, which takes XLA on CPUs ten times that.
-    delta = _einsum("btnv,btnv->btn", d_out, out)[..., None] - d_lse
-    # An infinite lse makes all weights of a row 0.
-    rest = jnp.concatenate([d_out, jnp.where(alive, lse * LOG2_E, jnp.inf), delta], axis=-1)
-    rest = _padded(rest, 1, plan.block_q)
+    delta = _einsum("btnv,btnv->btn", cotangents[0], out)[..., None] - cotangents[1][..., None]
+    # A row that sees nothing: an infinite lse makes all its weights 0.
+    parts = cotangents[0], jnp.where(lse == -jnp.inf, jnp.inf, lse * LOG2_E), delta
+    parts = tuple(_padded(x, 1, plan.block_q) for x in parts)
 
     def body(grads: Blocks, tile: Tile, visits: Callable[..., Any]) -> Blocks:
-        found = tiles.rows(lax.dynamic_slice_in_dim(rest[tile.b], tile.start, plan.block_q, 0), heads)
-        d_o, lse, delta = found[..., :-2], found[..., -2:-1], found[..., -1:]
+        d_o, lse, delta = (
+            tiles.rows(lax.dynamic_slice_in_dim(x[tile.b], tile.start, plan.block_q, 0), heads) for x in parts
+        )
+        d_o, delta = (jnp.where(lse == jnp.inf, 0, x) for x in (d_o, delta))  # NaN lives, and spreads
 
         def visit(slab: Slab, grads: Any) -> Any:
             d_query, grads = grads
