@@ -87,9 +87,11 @@ def report(cells: Sequence[tuple[Buildable, str]], options: argparse.Namespace) 
 
 
 def _print(results: Results, unbudgeted: int, seconds: float) -> None:
-    reports = [(program, result["report"]) for (program, _), result in results.items() if result["report"]]
+    compiled = {cell: result for cell, result in results.items() if result["report"]}
+    reports = [(program, result["report"]) for (program, _), result in compiled.items()]
     if reports:
-        print(kernel_table(reports), program_table(reports), sep="\n\n", end="\n\n")
+        moved = [result["kernel_bytes"] for result in compiled.values()]
+        print(kernel_table(reports), program_table(reports, moved), sep="\n\n", end="\n\n")
     failures = [f"FAILED {_key(*cell)}: {line}" for cell, result in results.items() for line in result["failures"]]
     cached = sum(result["cached"] for result in results.values())
     print(*failures, sep="\n", end="\n" * bool(failures))
@@ -132,7 +134,8 @@ def _json(results: Results) -> str:
     rows = []
     for (program, target), result in results.items():
         compiled: Report | None = result["report"]
-        row = {"program": program.label, "target": target, "calls": result["calls"], "failures": result["failures"]}
+        row = {"program": program.label, "target": target}
+        row |= {name: result[name] for name in ("calls", "kernel_bytes", "failures")}
         if compiled:
             least = floor_of(program, compiled)
             row |= {"report": dataclasses.asdict(compiled), "floor": least and dataclasses.asdict(least)}

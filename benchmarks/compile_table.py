@@ -19,6 +19,7 @@ _PROGRAMS = (
     "output",
     "temporary",
     "moved",
+    "by kernels",
     "operations",
     "floor",
     "bound",
@@ -40,15 +41,19 @@ def kernel_table(reports: Sequence[tuple[Any, Report]]) -> str:
     return _table(_KERNELS, rows)
 
 
-def program_table(reports: Sequence[tuple[Any, Report]]) -> str:
-    """A row for each program: XLA's buffers in bytes, and the least time that the chip needs (benchmarks.roofline)."""
+def program_table(reports: Sequence[tuple[Any, Report]], by_kernels: Sequence[int]) -> str:
+    """A row for each program: XLA's buffers in bytes, and the least time that the chip needs (benchmarks.roofline).
+
+    "moved" are arguments and results, each once; "by kernels" what `by_kernels` says of each program: the arrays of its
+    kernels, each once a kernel.
+    """
     rows = []
-    for program, report in reports:
+    for (program, report), launched in zip(reports, by_kernels, strict=True):
         buffers = [_short(n) for n in (report.argument_bytes, report.output_bytes, report.temp_bytes)]
-        least = floor_of(program, report)
-        bound = ("", "", "", "")
+        least, bound = floor_of(program, report), ("", _short(launched), "", "", "")
         if least is not None:
-            bound = (_short(least.bytes), _short(least.flops), f"{least.seconds * 1e6:.1f} us", least.bound)
+            flops, time = _short(least.flops), f"{least.seconds * 1e6:.1f} us"
+            bound = (_short(least.bytes), _short(launched), flops, time, least.bound)
         rows.append((program.label, report.target, *buffers, *bound, f"{report.seconds:.1f}"))
     return _table(_PROGRAMS, rows)
 

@@ -9,7 +9,7 @@ from benchmarks.targets import TARGETS
 from benchmarks.ttir import Call, lower_abstract, text_of, triton_calls
 from benchmarks.ttir_audit import unsafe, wrong_dots
 
-NOTHING: dict[str, Any] = {"failures": (), "report": None, "calls": (), "cached": False}
+NOTHING: dict[str, Any] = {"failures": (), "report": None, "calls": (), "kernel_bytes": 0, "cached": False}
 
 
 class Buildable(Protocol):
@@ -34,6 +34,8 @@ def examine(program: Buildable, target: str, cached: bool = True) -> dict[str, A
         failures: list of str, which name the kernel where there is one.
         report: the Report, or None where the compiler refuses or is not installed.
         calls: names of the Triton kernels in the order of their calls.
+        kernel_bytes: of the arrays of every call, each once a call (and a call in a loop once): what is moved where
+            nothing stays in a cache between two kernels, and all does within one.
         cached: whether the compiler did not run.
     """
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -43,6 +45,7 @@ def examine(program: Buildable, target: str, cached: bool = True) -> dict[str, A
         lowered = (lower_abstract if absent else lower_placed)(*program.build(), target)
         calls = triton_calls(lowered)
         result["calls"] = [call.name for call in calls]
+        result["kernel_bytes"] = sum(call.bytes for call in calls)
         result["failures"] += audited(calls, DTYPES[program.dtype])
         if not absent:
             compiled = (

@@ -1,8 +1,10 @@
 """The Triton IR of every Pallas kernel in a function, lowered for CUDA without a GPU or a plugin."""
 
 import contextlib
+import re
 import warnings
 from collections.abc import Callable, Iterator
+from math import prod
 from typing import Any, NamedTuple
 
 import jax
@@ -13,6 +15,7 @@ from jaxlib.triton import dialect
 from benchmarks.targets import TARGETS, allow_no_gpu
 
 _TRITON_CALL = "__gpu$xla.gpu.triton"
+_BITS = re.compile(r"\D*(\d+)")  # of f32, bf16, i8, ui8, f8E4M3FN; i1 takes a byte
 
 
 class Operand(NamedTuple):
@@ -31,6 +34,17 @@ class Call(NamedTuple):
     num_warps: int
     num_stages: int
     operands: tuple[Operand, ...]
+
+    @property
+    def bytes(self) -> int:
+        """Of all its arrays, each once."""
+        return sum(prod(array.shape) * max(_bits(array.dtype) // 8, 1) for array in self.operands)
+
+
+def _bits(dtype: str) -> int:
+    found = _BITS.match(dtype)
+    assert found, dtype
+    return int(found.group(1))
 
 
 def ttir(fn: Callable[..., Any], args: Any, target: str = "h100") -> list[tuple[str, str]]:

@@ -16,7 +16,7 @@ from benchmarks.examine import problems
 from benchmarks.ptx import find_ptxas, kernel_reports
 from benchmarks.ranges import Range, divide, multiply, remainder
 from benchmarks.targets import TARGETS
-from benchmarks.ttir import ttir
+from benchmarks.ttir import lower_abstract, triton_calls, ttir
 from benchmarks.ttir_audit import audit, dot_precisions, unsafe, wrong_dots
 from pallas_kernels import _pallas as plk
 
@@ -232,6 +232,13 @@ def test_sums_of_products_are_float32(stated, operand):
 
     assert wrong_dots(dot("f32"), stated) == []
     assert len(wrong_dots(dot("f16"), stated)) == len(wrong_dots(dot("bf16"), stated)) == 1
+
+
+@pytest.mark.parametrize(("dtype", "size"), [("bfloat16", 2), ("float32", 4), ("int8", 1), ("bool", 1), ("uint16", 2)])
+def test_the_bytes_of_a_call_are_those_of_its_arrays(dtype, size):
+    fn, args = _call(lambda x_ref, out_ref: None, [((7, 33), dtype)], ((5,), dtype))
+    (call,) = triton_calls(lower_abstract(fn, tuple(args), "h100"))
+    assert call.bytes == size * (7 * 33 + 5)
 
 
 def test_range_arithmetic():
