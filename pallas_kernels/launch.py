@@ -65,16 +65,17 @@ def linear_launch(width: int, precision: str, *, plain: bool, causal: bool, inte
     """The default launch of a walk over rows of `width` columns.
 
     A program holds a state of (width, 32), so that 32 heads of width 128 give 128 programs, and reads rows in parts, at
-    least two, that divide the width where it is a multiple of 16. The more numbers an operand is split into, the
-    smaller its tiles are, and smaller still for a wide state, for sums over a whole sequence, and unless the call is
-    `plain` (no rows, no groups, no sums of a softmax): anything larger spills registers.
+    least two, that divide the width where it is a multiple of 16. The state has 16 columns where 32 do not divide the
+    width, and where operands are split into three for TF32, in wide ones instead. The more numbers an operand is split
+    into, the smaller its tiles are, and smaller still for a wide state, for sums over a whole sequence, and unless the
+    call is `plain` (no rows, no groups, no sums of a softmax): anything larger spills registers.
     """
     chunk, small_chunk, widest = _LINEAR[precision]
     columns, wide, split = -(-width // 16) * 16, width > 128 and precision != "bf16", precision == "tf32x3"
     part = next(part for part in (64, 32, 16) if part == 16 or (part <= widest and columns % (2 * part) == 0))
     return Launch(
         block_m=min(chunk if plain else small_chunk, 16 if wide else 64 if causal else 32),
-        block_d=16 if wide and split else 32,
+        block_d=16 if (wide if split else columns % 32) else 32,
         num_warps=8,
         num_stages=1,
         interpret=interpret,
@@ -220,7 +221,7 @@ _ATTEND = {
     "fp16": {
         "forward": {128: (128, 64, 8, 2), 256: (64, 32, 8, 2)},
         "d_query": {64: (64, 64, 8, 2), 128: (64, 32, 8, 2), 256: (64, 32, 8, 1)},
-        "d_key_value": {64: (32, 64, 8, 2), 128: (16, 64, 8, 2), 256: (16, 32, 8, 2)},
+        "d_key_value": {64: (32, 64, 8, 2), 128: (16, 64, 8, 2), 256: (16, 32, 8, 1)},
         "d_bias": {64: (64, 64, 8, 1), 128: (64, 32, 4, 1), 256: (64, 32, 8, 1)},
     },
     "tf32x3": {
