@@ -5,8 +5,9 @@
     python -m benchmarks.compile_report --op sliding_window --shape B1,L12345,N7,K1,D72,W1000        any shape at all
     python -m benchmarks.compile_report --sweep flash        launches for autotuning to try
 
-Exits 1 if a program does not compile, spills registers, asks for too much shared memory, has an access that can leave
-its array or a dot product of another precision than stated, or takes more than benchmarks/budgets.json allows it.
+Exits 1 if a program does not compile, spills registers or keeps a stack, asks for too much shared memory, has atomics,
+an access that can leave its array, or a dot product of another precision than stated or off the tensor cores, or takes
+more than benchmarks/budgets.json or the project's aims allow it. --sweep writes pallas_kernels/tables/candidates.json.
 Needs `pip install 'evo-jax[aot]'`, no GPU and no CUDA toolkit; without it kernels are lowered and audited only.
 """
 

@@ -45,7 +45,7 @@ def program_table(reports: Sequence[tuple[Any, Report]], by_kernels: Sequence[in
     """A row for each program: XLA's buffers in bytes, and the least time that the chip needs (benchmarks.roofline).
 
     "moved" are arguments and results, each once; "by kernels" what `by_kernels` says of each program: the arrays of its
-    kernels, each once a kernel.
+    kernels, each once a call, a call in a loop once.
     """
     rows = []
     for (program, report), launched in zip(reports, by_kernels, strict=True):

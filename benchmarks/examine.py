@@ -34,8 +34,9 @@ def examine(program: Buildable, target: str, cached: bool = True) -> dict[str, A
         failures: list of str, which name the kernel where there is one.
         report: the Report, or None where the compiler refuses or is not installed.
         calls: names of the Triton kernels in the order of their calls.
-        kernel_bytes: of the arrays of every call, each once a call (and a call in a loop once): what is moved where
-            nothing stays in a cache between two kernels, and all does within one.
+        kernel_bytes: of the arrays of every call, each once a call: what is moved where nothing stays in a cache
+            between two kernels, and all does within one. A call in a loop counts once: too little for the gradients of
+            EvoAttention, whose kernels run once a segment.
         cached: whether the compiler did not run.
     """
     os.environ.setdefault("JAX_PLATFORMS", "cpu")

@@ -9,7 +9,7 @@ from typing import Any
 
 @dataclass(frozen=True, slots=True)
 class Launch:
-    """Statics of one launch; every default below compiles without register spills (tests/test_compile.py)."""
+    """Statics of one launch; every default below compiles without register spills (`make compile`)."""
 
     block_m: int  # rows (tokens) of one chunk: the step of the carry tables
     block_d: int  # columns of one program's tile; dot products loop over the width in these steps
@@ -39,8 +39,9 @@ def evo_launch(width: int, dot_dtype: str, *, interpret: bool, backward: bool = 
 
     Wider tiles read each row fewer times, until they spill registers. The forward holds 64 columns of bfloat16: then a
     width of 64 is one block, and is fused into three reads and one write. Everything else takes 32 columns where that
-    divides the width, else 16, so that at most 15 columns are computed in vain. Eight warps give the backward's
-    bfloat16 tiles room in registers (with four, one of them spilled on A100 with JAX 0.12's compiler).
+    (in float32 gradients: 64) divides the width, else 16, so that at most 15 columns are computed in vain. Eight warps
+    give the backward's bfloat16 tiles room in registers (with four, one of them spilled on A100 with JAX 0.12's
+    compiler).
     """
     widest = 64 if dot_dtype == "bfloat16" and not backward else 32
     block_d = next(block for block in (widest, 32, 16) if width % block == 0 or block == 16)
@@ -68,7 +69,8 @@ def linear_launch(width: int, precision: str, *, plain: bool, causal: bool, inte
     least two, that divide the width where it is a multiple of 16. The state has 16 columns where 32 do not divide the
     width, and where operands are split into three for TF32, in wide ones instead. The more numbers an operand is split
     into, the smaller its tiles are, and smaller still for a wide state, for sums over a whole sequence, and unless the
-    call is `plain` (no rows, no groups, no sums of a softmax): anything larger spills registers.
+    call is `plain` (no rows, no groups, no sums of a softmax): anything larger spills registers. Causal float32 over a
+    width of 128 is an exception, found by compiling: parts of 64.
     """
     chunk, small_chunk, widest = _LINEAR[precision]
     columns, wide, split = -(-width // 16) * 16, width > 128 and precision != "bf16", precision == "tf32x3"
@@ -156,8 +158,9 @@ def attend_launch(kind: str, width: int, precision: str, *, interpret: bool, pla
     """The default launch of "forward", "d_query", "d_key_value" or "d_bias".
 
     `width` is the wider of key and value. Where a program sums into so many registers that few are left, it holds no
-    rows but reads them again wherever they are used: in the gradients of wide rows, sooner for operands that are split
-    into three for TF32. The forward takes narrower tiles unless the call is `plain` (no bias, soft cap or dropout).
+    rows but reads them again wherever they are used: in the gradients of rows over 128 columns, 64 where operands are
+    split into three for TF32, and in the forward over 256 and 128. The forward takes narrower tiles unless the call is
+    `plain` (no bias, soft cap or dropout).
     """
     precision = _held_as(precision)
     table, split, forward = _ATTEND[precision][kind], precision == "tf32x3", kind == "forward"

@@ -117,7 +117,8 @@ def _backward(plan: Plan, residuals: Any, cotangents: Any) -> Any:
         return grads._replace(query=lax.dynamic_update_slice(grads.query, new, tiles.corner(tile.b, tile.start)))
 
     across = {name: jnp.moveaxis(getattr(blocks, name), 1, 3) for name in ("key", "value")}
-    grads = _for_each_tile(plan, scene, body, jax.tree.map(jnp.zeros_like, blocks._replace(**across)))
+    start = jax.tree.map(jnp.zeros_like, blocks._replace(**across))._replace(query=blocks.query)
+    grads = _for_each_tile(plan, scene, body, start)
     back = {name: jnp.moveaxis(getattr(grads, name), 3, 1) for name in across}
     return *pull(grads._replace(**back)), None, None
 
@@ -128,7 +129,9 @@ def _for_each_tile(plan: Plan, scene: _Scene, body: Callable[..., Any], results:
 
     def run(n: Any, results: Any) -> Any:
         b, number = lax.div(n, np.int32(count)), lax.rem(n, np.int32(count))
-        tile = tiles.load_tile(plan, scene.mask, scene.table, scene.blocks, b, number)
+        # The gradients of a tile's queries take their place: nothing reads those again.
+        query = results.query if isinstance(results, Blocks) else scene.blocks.query
+        tile = tiles.load_tile(plan, scene.mask, scene.table, scene.blocks._replace(query=query), b, number)
         return body(results, tile, partial(_for_each_slab, plan, scene, b, number))
 
     return _repeat(np.int32(count * len(scene.blocks.query)), run, results)
