@@ -117,7 +117,9 @@ def _backward(plan: Plan, residuals: Any, cotangents: Any) -> Any:
         return grads._replace(query=lax.dynamic_update_slice(grads.query, new, tiles.corner(tile.b, tile.start)))
 
     across = {name: jnp.moveaxis(getattr(blocks, name), 1, 3) for name in ("key", "value")}
-    start = jax.tree.map(jnp.zeros_like, blocks._replace(**across))._replace(query=blocks.query)
+    # Where a mesh of explicit axes is in context, results have its type and arguments may not: the product by 1 has it.
+    query = blocks.query * jnp.ones((), blocks.query.dtype)
+    start = jax.tree.map(jnp.zeros_like, blocks._replace(**across))._replace(query=query)
     grads = _for_each_tile(plan, scene, body, start)
     back = {name: jnp.moveaxis(getattr(grads, name), 3, 1) for name in across}
     return *pull(grads._replace(**back)), None, None

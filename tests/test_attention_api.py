@@ -225,6 +225,16 @@ def test_transforms_and_training():
     assert_close("scan", steps[1], flash(*arrays, q_offset=1), 1e-6)
 
 
+def test_a_mesh_of_explicit_axes_in_context():
+    """The kind jax.make_mesh makes; the arrays are on it, or are not."""
+    value_and_grads = jax.jit(jax.value_and_grad(lambda *arrays: (flash(*arrays) * COTANGENT).sum(), (0, 1, 2)))
+    expected = value_and_grads(Q, KEY, VALUE)
+    mesh = jax.make_mesh((1,), ("x",), axis_types=(jax.sharding.AxisType.Explicit,))
+    with jax.set_mesh(mesh):
+        for arrays in ((Q, KEY, VALUE), jax.device_put((Q, KEY, VALUE), jax.NamedSharding(mesh, jax.P()))):
+            jax.tree.map(np.testing.assert_array_equal, value_and_grads(*arrays), expected)
+
+
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 @pytest.mark.parametrize("call", [flash, sliding, sparse, multiscale])
 def test_16_bit_arrays_work_in_all_four(call, dtype):
