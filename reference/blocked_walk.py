@@ -2,7 +2,8 @@
 
 Backward, with p the weights, drop() the dropout, o = out, l = lse and delta = d_o . o - d_l:
     ds = p (drop(d_o v^T) - delta)    d_q = ds k    d_k = ds^T q    d_v = drop(p)^T d_o
-The last two are summed as (width, S): a product that contracts the first axis of both is slow in XLA on CPUs.
+The last two are summed as (width, S), from the transposed d_o and q of a tile: XLA on CPUs has a slower product where
+the left operand's contracted axis is not its last.
 """
 
 from collections.abc import Callable
@@ -94,6 +95,9 @@ def _backward(plan: Plan, residuals: Any, cotangents: Any) -> Any:
         )
         d_o, delta = (jnp.where(lse == jnp.inf, 0, x) for x in (d_o, delta))  # NaN lives, and spreads
 
+        # Once per tile: the barrier keeps XLA from folding the transposition into the products.
+        q_columns, d_o_columns = lax.optimization_barrier([x.swapaxes(1, 2) for x in (tile.query, d_o)])
+
         def visit(slab: Slab, grads: Any) -> Any:
             d_query, grads = grads
             key, value = (tiles.take(x, tile.b, slab) for x in (blocks.key, blocks.value))
@@ -103,8 +107,8 @@ def _backward(plan: Plan, residuals: Any, cotangents: Any) -> Any:
             d_scores = weights * (drop(_product(d_o, value, "krv,kcv->krc")) - delta)
             bias = grads.bias if grads.bias is None else tiles.add_bias(grads.bias, tile, slab, plan.block_q, d_scores)
             d_scores = d_scores * (cap_slope(bent, plan.spec) / base)
-            d_key = _product(tile.query.swapaxes(1, 2), d_scores, "kdr,krc->kdc")
-            d_value = _product(d_o.swapaxes(1, 2), drop(weights), "kvr,krc->kvc")
+            d_key = _product(q_columns, d_scores, "kdr,krc->kdc")
+            d_value = _product(d_o_columns, drop(weights), "kvr,krc->kvc")
             grads = grads._replace(
                 key=tiles.add(grads.key, tile.b, slab, d_key),
                 value=tiles.add(grads.value, tile.b, slab, d_value),
