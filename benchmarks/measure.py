@@ -40,7 +40,7 @@ class Effort:
     """How long to measure.
 
     Args:
-        rounds: samples of each contender; seconds: the most that one contender's samples of a case may take together.
+        rounds: turns of each contender; seconds: the most that one contender's turns of a case may take together.
         growth: whether a process of its own measures each contender's memory.
         folders: those of the originals, for these processes.
     """

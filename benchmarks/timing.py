@@ -14,6 +14,7 @@ import numpy as np
 LARGE = 2**22  # elements; more are compared on JAX's device, in float32: copies of them take the host seconds
 SETTLE = 0.02  # seconds before a sample: thread pools spin for a while after their work, and would slow the next one
 LONG = 1.0  # seconds of a call that needs no other before it
+OFTEN = 3  # samples in a turn of one that takes less than a tenth of a LONG one: cheap, and a calmer median
 SAMPLE = 0.05  # seconds that a sample lasts at least: short calls follow each other, as in a training loop
 
 Results = Mapping[str, Any]  # arrays of NumPy or of JAX
@@ -92,11 +93,11 @@ def interleave(
     seconds: float = math.inf,
     known: Mapping[str, float] | None = None,
 ) -> dict[str, list[float]]:
-    """Seconds per call, one sample per round: rounds take turns, so that what else the machine does hits all alike.
+    """Seconds per call, one list of samples each; they take turns, so that what else the machine does hits all alike.
 
-    A sample is as many calls as fill SAMPLE. A contender gets fewer rounds, at least one, where they would take it more
-    than `seconds`; how long a call takes may be `known`, by name, where it is LONG. An untimed call comes before each,
-    unless it is LONG: what another contender left in caches and in the allocator is not ours.
+    A sample is as many calls as fill SAMPLE, and a turn one sample, or OFTEN. A contender gets fewer rounds, at least
+    one, where they would take it more than `seconds`; how long a call takes may be `known`, by name, where it is LONG.
+    An untimed call comes before each turn, unless it is LONG: what others left in caches and the allocator is not ours.
     """
     for contender in contenders:
         for _ in range(warmup):
@@ -105,6 +106,7 @@ def interleave(
     once = {c.name: known.get(c.name) or _seconds(c, 1) for c in contenders}
     calls = {name: max(1, math.ceil(SAMPLE / took)) for name, took in once.items()}
     turns = {name: max(1, int(min(rounds, seconds / (calls[name] * took)))) for name, took in once.items()}
+    quick = max([took for took in once.values() if took >= LONG], default=0) / 10
     samples: dict[str, list[float]] = {contender.name: [] for contender in contenders}
     for number in range(rounds):
         for contender in contenders:
@@ -113,8 +115,9 @@ def interleave(
                 continue
             if once[name] < LONG:
                 contender.run()
-            time.sleep(SETTLE)
-            samples[name].append(_seconds(contender, calls[name]))
+            for _ in range(OFTEN if once[name] < quick else 1):
+                time.sleep(SETTLE)
+                samples[name].append(_seconds(contender, calls[name]))
     return samples
 
 
