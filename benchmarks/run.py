@@ -110,6 +110,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--op", action="append", choices=OPS, default=[], help="repeatable: only these operations")
     parser.add_argument("--quick", action="store_true", help="the shortest shapes, few samples")
     parser.add_argument("--rounds", type=_positive, default=15, help="turns of each contender (default %(default)s)")
+    parser.add_argument("--seconds", type=_positive, help="at most for one contender of a case (cpu suite: 3)")
     parser.add_argument("--longest", type=_positive, default=1 << 30, help="leave out longer sequences")
     parser.add_argument("--no-growth", action="store_true", help="do not measure memory in processes of their own")
     parser.add_argument(
@@ -151,7 +152,7 @@ def _fill(report: dict[str, Any], arguments: argparse.Namespace, out: Path) -> N
     from benchmarks.suites import SUITES, Options
 
     on_cpu, start = arguments.suite == "cpu", time.monotonic()
-    seconds = 0.3 if arguments.quick else 3.0 if on_cpu else 0.8
+    seconds = arguments.seconds or (0.3 if arguments.quick else 3.0 if on_cpu else 0.8)
     rounds = min(arguments.rounds, 5) if arguments.quick else arguments.rounds
     growth = on_cpu and not arguments.quick and not arguments.no_growth
     effort = Effort(rounds, seconds, growth, tuple(map(str, arguments.originals)))
