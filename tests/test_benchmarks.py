@@ -86,9 +86,9 @@ def test_a_slow_contender_gets_fewer_rounds_and_others_all():
 def test_one_that_is_quick_beside_a_long_one_is_sampled_often(monkeypatch):
     monkeypatch.setattr(timing, "LONG", 0.02)
     monkeypatch.setattr(timing, "SAMPLE", 0.0)
-    naps = {"long": 0.04, "half": 0.02, "quick": 0.0}
+    naps = {"long": 0.04, "less": 0.035, "quick": 0.0}
     samples = interleave([Contender(n, lambda s=s: time.sleep(s), dict) for n, s in naps.items()], rounds=2, warmup=0)
-    assert {name: len(times) for name, times in samples.items()} == {"long": 2, "half": 2, "quick": 6}
+    assert {name: len(times) for name, times in samples.items()} == {"long": 2, "less": 2, "quick": 6}
 
 
 def test_a_first_call_that_compiled_is_no_measure_of_the_others(monkeypatch):
