@@ -110,7 +110,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--op", action="append", choices=OPS, default=[], help="repeatable: only these operations")
     parser.add_argument("--quick", action="store_true", help="the shortest shapes, few samples")
     parser.add_argument("--rounds", type=_positive, default=15, help="turns of each contender (default %(default)s)")
-    parser.add_argument("--seconds", type=_positive, help="at most for one contender of a case (cpu suite: 3)")
+    parser.add_argument("--seconds", type=_positive, help="at most for a contender of a case (cpu: 3, gpu: 0.8)")
     parser.add_argument("--longest", type=_positive, default=1 << 30, help="leave out longer sequences")
     parser.add_argument("--no-growth", action="store_true", help="do not measure memory in processes of their own")
     parser.add_argument(
