@@ -56,7 +56,7 @@ def _plan(pattern: Pattern, spec: AttendSpec, first_head: int, sizes: Any, given
     most = 512 if heads <= 8 and not pattern.banded else 256  # their scores stay in a cache
     block_q = given[0] or min(max(64, min(size, 256)) if pattern.num_random or near else most, tokens)
     block_k = given[1] or min(max(16, min(size, 64)) if pattern.num_random else 64, keys)
-    slab = _up(min(256 if block_q == 512 and tokens >= 4096 else 512, keys), block_k)
+    slab = _up(min(256 if block_q == 512 and tokens > 512 else 512, keys), block_k)
     if given[2] or not pattern.banded:
         return Plan(spec, first_head, tokens, keys, block_q, block_k, given[2] or slab, True)
     tiling = Tiling(1, 1, 1, tokens, keys, block_q, block_k)

@@ -18,6 +18,7 @@ from jax import Array, lax
 
 from reference import blocked_tile as tiles
 from reference.blocked_tile import Blocks, Plan, Slab, Tile
+from reference.exp2 import exp2
 from reference.logits import cap_slope
 from reference.mask import FAR, Mask, Pattern, random_table
 from reference.online_softmax import LOG2_E, SoftmaxState, finish, update
@@ -62,7 +63,7 @@ def _forward(plan: Plan, inputs: Inputs, mask: Mask, seed: Any) -> Any:
             key, value = (tiles.take(x, tile.b, slab) for x in (scene.blocks.key, scene.blocks.value))
             found = tiles.scores(plan, scene.mask, tile, scene.blocks, slab, key)[1]
             dot = lambda weights: (_product(tiles.dropped(plan, tile, slab, seed, weights), value, "krc,kcv->krv"),)  # noqa: E731
-            return update(state, found, dot)
+            return update(state, found, dot, exp2)
 
         start = SoftmaxState(jnp.full(row, -jnp.inf, dtype), jnp.zeros(row, dtype), (jnp.zeros((*row, width), dtype),))
         (out,), lse = finish(visits(visit, start))
@@ -103,7 +104,7 @@ def _backward(plan: Plan, residuals: Any, cotangents: Any) -> Any:
             key, value = (tiles.take(x, tile.b, slab) for x in (blocks.key, blocks.value))
             bent, scores = tiles.scores(plan, scene.mask, tile, blocks, slab, key)
             drop = partial(tiles.dropped, plan, tile, slab, seed)
-            weights = jnp.exp2(scores - lse)
+            weights = exp2(scores - lse)
             d_scores = weights * (drop(_product(d_o, value, "krv,kcv->krc")) - delta)
             bias = grads.bias if grads.bias is None else tiles.add_bias(grads.bias, tile, slab, plan.block_q, d_scores)
             d_scores = d_scores * (cap_slope(bent, plan.spec) / base)

@@ -21,11 +21,16 @@ class SoftmaxState(NamedTuple):
     acc: tuple[Array, ...]  # (..., rows, columns) sums of exp2(score - top) * value
 
 
-def update(state: SoftmaxState, scores: Array, dot: Callable[[Array], tuple[Array, ...]]) -> SoftmaxState:
+def update(
+    state: SoftmaxState,
+    scores: Array,
+    dot: Callable[[Array], tuple[Array, ...]],
+    exp2: Callable[[Array], Array] = jnp.exp2,
+) -> SoftmaxState:
     """The state with one more tile: scores (..., rows, keys), -inf where hidden; dot(weights) sums weighted values."""
     top = jnp.maximum(state.top, scores.max(-1))
     base = jnp.where(top == -jnp.inf, 0.0, top)  # no key yet: all weights come out 0, not NaN
-    weights, old = jnp.exp2(scores - base[..., None]), jnp.exp2(state.top - base)
+    weights, old = exp2(scores - base[..., None]), exp2(state.top - base)
     acc = tuple(a * old[..., None] + new for a, new in zip(state.acc, dot(weights), strict=True))
     return SoftmaxState(top, state.total * old + weights.sum(-1), acc)
 

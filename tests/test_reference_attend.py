@@ -12,10 +12,12 @@ import pytest
 from attend_checks import check_attend, compiled, visible, with_gradients
 from cases import ATTEND_CASES, AttendCase, attend_inputs
 from checks import assert_close
+from numpy.testing import assert_array_equal
 
 from reference.blocked import attend_blocked
 from reference.counter_hash import mixed
 from reference.dense import AttendInputs, AttendSpec, attend_dense
+from reference.exp2 import exp2
 from reference.logits import kept
 from reference.mask import FAR, Mask, Pattern
 
@@ -178,6 +180,18 @@ def test_memory_at_16384_tokens(pattern):
     """Each array is 34 MB; scores of one head alone would be 1074."""
     forward, both = temporaries(pattern, 16384)
     assert forward <= 150e6 and both <= 250e6
+
+
+def test_powers_of_two_to_three_ulp_and_hidden_ones_are_nothing():
+    x = np.concatenate([np.linspace(-126, 0, 400_001), np.linspace(-2, 127, 50_001)]).astype(np.float32)
+    halves = np.arange(-126, 127, 0.5, dtype=np.float32)  # where rounding is a tie
+    for f in (exp2, jax.jit(exp2)):  # XLA may fold what is not jitted otherwise
+        for points in (x, halves, np.nextafter(halves, np.float32(200))):
+            wanted = np.exp2(points.astype(np.float64))
+            assert (
+                np.abs(np.asarray(f(points), np.float64) - wanted) <= 3 * np.spacing(wanted.astype(np.float32))
+            ).all()
+        assert_array_equal(f(np.array([-jnp.inf, -1e30, -127, -126.75, jnp.nan], np.float32)), [0, 0, 0, 0, jnp.nan])
 
 
 def test_residuals_are_the_inputs_the_output_and_lse():
