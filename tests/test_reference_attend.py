@@ -188,10 +188,10 @@ def test_powers_of_two_to_three_ulp_and_hidden_ones_are_nothing():
     for f in (exp2, jax.jit(exp2)):  # XLA may fold what is not jitted otherwise
         for points in (x, halves, np.nextafter(halves, np.float32(200))):
             wanted = np.exp2(points.astype(np.float64))
-            assert (
-                np.abs(np.asarray(f(points), np.float64) - wanted) <= 3 * np.spacing(wanted.astype(np.float32))
-            ).all()
-        assert_array_equal(f(np.array([-jnp.inf, -1e30, -127, -126.75, jnp.nan], np.float32)), [0, 0, 0, 0, jnp.nan])
+            error = np.abs(np.asarray(f(jnp.asarray(points)), np.float64) - wanted)
+            assert (error <= 3 * np.spacing(wanted.astype(np.float32))).all()
+        hidden = jnp.array([-jnp.inf, -1e30, -127, -126.75, jnp.nan], jnp.float32)
+        assert_array_equal(f(hidden), np.array([0, 0, 0, 0, np.nan]))
 
 
 def test_residuals_are_the_inputs_the_output_and_lse():
