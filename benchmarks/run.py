@@ -108,6 +108,10 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.run", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--suite", choices=sorted(SUITES), default="cpu")
     parser.add_argument("--op", action="append", choices=OPS, default=[], help="repeatable: only these operations")
+    parser.add_argument(
+        "--peer", action="append", default=[], metavar="TEXT",
+        help="repeatable: beside ours only peers with this in their names",
+    )  # fmt: skip
     parser.add_argument("--quick", action="store_true", help="the shortest shapes, few samples")
     parser.add_argument("--rounds", type=_positive, default=15, help="turns of each contender (default %(default)s)")
     parser.add_argument("--seconds", type=_positive, help="at most for a contender of a case (cpu: 3, gpu: 0.8)")
@@ -157,7 +161,9 @@ def _fill(report: dict[str, Any], arguments: argparse.Namespace, out: Path) -> N
     growth = on_cpu and not arguments.quick and not arguments.no_growth
     effort = Effort(rounds, seconds, growth, tuple(map(str, arguments.originals)))
     minutes = arguments.minutes if arguments.minutes is not None else None if on_cpu else GPU_MINUTES
-    chosen = Options(tuple(arguments.op), arguments.longest, arguments.quick, tuple(arguments.originals))
+    chosen = Options(
+        tuple(arguments.op), arguments.longest, arguments.quick, tuple(arguments.originals), tuple(arguments.peer)
+    )
     entries = list(SUITES[arguments.suite](chosen))
     try:
         report["ceilings"] = ceilings(["float32"] if on_cpu else ["bfloat16", "float32"], seconds)

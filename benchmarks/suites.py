@@ -1,7 +1,7 @@
 """What each suite of `python -m benchmarks.run` measures: cases in order of importance, for a run may be cut short."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,15 +17,21 @@ OPS = (*problems.OPS, *layers.LAYERS, *OTHERS)
 
 @dataclass(frozen=True, slots=True)
 class Options:
-    """Which part of a suite: operations (none: all), the longest sequence, and where the originals are."""
+    """Which part of a suite: operations and peers (none: all), the longest sequence, and where the originals are."""
 
     ops: tuple[str, ...] = ()
     longest: int = 1 << 30
     quick: bool = False
     originals: tuple[Path, ...] = ()
+    peers: tuple[str, ...] = ()  # parts of names
 
     def wants(self, op: str) -> bool:
         return not self.ops or op in self.ops
+
+    def narrowed(self, case: Case) -> Case:
+        """The case with ours and the peers that are wanted alone."""
+        wanted = ("evo_jax", *self.peers) if self.peers else ("",)
+        return replace(case, make={name: make for name, make in case.make.items() if any(x in name for x in wanted)})
 
 
 Row = Callable[[Effort, Mapping[str, Any]], dict[str, Any]]
@@ -88,13 +94,13 @@ def _passes(
 ) -> Iterator[Entry]:
     for gradient in gradients:
         title = f"{op} {'forward+backward' if gradient else 'forward'} {shape}"
-        yield title, partial(_row, op, shape, gradient, options.originals, alone)
+        yield title, partial(_row, op, shape, gradient, options, alone)
 
 
 def _row(
-    op: str, shape: Shape, gradient: bool, originals: tuple[Path, ...], alone: bool, effort: Effort, ceilings: Any
+    op: str, shape: Shape, gradient: bool, options: Options, alone: bool, effort: Effort, ceilings: Any
 ) -> dict[str, Any]:
-    return measure(case(op, shape, gradient, originals, alone), effort, ceilings)
+    return measure(options.narrowed(case(op, shape, gradient, options.originals, alone)), effort, ceilings)
 
 
 def _decode(shape: Shape, effort: Effort, ceilings: Mapping[str, Any]) -> dict[str, Any]:

@@ -365,6 +365,14 @@ def test_originals_take_part_where_their_folder_is_given(tmp_path, monkeypatch):
     assert set(layers.LAYERS) < set(suites.OPS)
 
 
+def test_peers_can_be_chosen():
+    case = suites.case("evo", SMALL, False)
+    some = suites.Options(peers=("jnp",)).narrowed(case).make
+    assert {"evo_jax reference"} < set(some) < set(case.make)
+    assert all("evo_jax" in name or "jnp" in name for name in some)
+    assert suites.Options().narrowed(case) == case
+
+
 @pytest.mark.parametrize(
     "command, message",
     [
