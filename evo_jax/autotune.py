@@ -3,12 +3,14 @@
 import datetime
 import json
 import math
+import os
 import statistics
 import time
 import warnings
 from collections.abc import Callable, Sequence
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import cache
 from typing import Any
 
 import jax
@@ -150,20 +152,25 @@ def _tune_key(
     """Of the candidates whose results hold, the fastest; `settled` are the launches of other keys, found before."""
     tried, rejected = candidates(key, default, exact), []
     stray = STRAY if key.kernel.startswith("evo_") else 0.0
-    runs: dict[int, Callable[[], Any]] = {-1: _compiled(call, arrays, {**settled, key: default})}
-    expected = runs[-1]()
-    for number, launch in enumerate(tried):
-        try:
-            run = _compiled(call, arrays, {**settled, key: {**default, **launch}})
-            fault = difference(run(), expected, stray)
-        except Exception as error:  # too much shared memory, too few registers: the compiler has many names for it
-            rejected.append((launch, in_a_line(error)))
-            continue
-        if fault is None:
-            runs[number] = run
-            continue
-        rejected.append((launch, fault))
-        warnings.warn(f"autotune rejects {launch} for {key}: {fault}", RuntimeWarning, stacklevel=2)
+    runs: dict[int, Callable[[], Any]] = {}
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+        begun = {-1: _compiled(call, arrays, {**settled, key: default}, pool)}
+        for number, launch in enumerate(tried):
+            begun[number] = _compiled(call, arrays, {**settled, key: {**default, **launch}}, pool)
+        runs[-1] = begun.pop(-1)
+        expected = runs[-1]()
+        for number, run in begun.items():
+            launch = tried[number]
+            try:
+                fault = difference(run(), expected, stray)
+            except Exception as error:  # too much shared memory, too few registers: the compiler has many names for it
+                rejected.append((launch, in_a_line(error)))
+                continue
+            if fault is None:
+                runs[number] = run
+                continue
+            rejected.append((launch, fault))
+            warnings.warn(f"autotune rejects {launch} for {key}: {fault}", RuntimeWarning, stacklevel=2)
     seconds = timed(runs)
     best = min(seconds, key=lambda number: seconds[number])
     best = best if seconds[-1] >= GAIN * seconds[best] else -1
@@ -171,11 +178,19 @@ def _tune_key(
     return Tuned(key, default, launch, seconds[-1], seconds[best], len(tried), tuple(rejected))
 
 
-def _compiled(call: Call, arrays: list[Any], launches: dict[Any, Fields]) -> Callable[[], Any]:
-    """Kernels that are not among `launches` run as they would for the caller, from what is stored."""
-    with tuned.override(launches):
-        compiled = jax.jit(lambda arrays: call(arrays)).lower(arrays).compile()
-    return partial(compiled, arrays)
+def _compiled(call: Call, arrays: list[Any], launches: dict[Any, Fields], pool: Executor) -> Callable[[], Any]:
+    """call(arrays), traced here and compiled in `pool`, where compilers let each other run; raises what they raise.
+
+    Kernels that are not among `launches` run as they would for the caller, from what is stored.
+    """
+    try:
+        with tuned.override(launches):
+            lowered = jax.jit(lambda arrays: call(arrays)).lower(arrays)
+        compiling = pool.submit(lowered.compile)
+    except Exception as error:
+        compiling = Future()
+        compiling.set_exception(error)
+    return lambda: compiling.result()(arrays)
 
 
 def in_a_line(error: BaseException) -> str:

@@ -36,8 +36,8 @@ def clock_by_launch(monkeypatch, seconds):
     chunks = {}
     original = MODULE._compiled
 
-    def compiled(call, arrays, launches):
-        run = original(call, arrays, launches)
+    def compiled(call, arrays, launches, pool):
+        run = original(call, arrays, launches, pool)
         chunks[run] = next(iter(launches.values()))["chunk"]
         return run
 
