@@ -18,6 +18,7 @@ from benchmarks import compile_cache
 from benchmarks.ptx import KernelReport, find_ptxas, kernel_reports, ptxas_version
 from benchmarks.targets import TARGETS, allow_no_gpu
 from benchmarks.ttir import Call, quiet_lowering, triton_calls
+from pallas_kernels import tuned
 
 _LEVEL = {"xla_backend_optimization_level": 3, "xla_llvm_disable_expensive_passes": False}  # whatever XLA_FLAGS says
 _DUMP = {"xla_dump_hlo_as_text": True, "xla_dump_emitter_re": "ptx"}  # the second: jax >= 0.12 writes no PTX without it
@@ -75,7 +76,7 @@ def lower_placed(fn: Callable[..., Any], args: Any, target: str) -> jax.stages.L
     mesh = _topology_mesh(target)
     place = NamedSharding(mesh, PartitionSpec())
     placed = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=place), args)
-    with jax.sharding.set_mesh(mesh), quiet_lowering():
+    with jax.sharding.set_mesh(mesh), quiet_lowering(), tuned.override(capability=TARGETS[target].capability):
         return jax.jit(fn).lower(*placed)
 
 

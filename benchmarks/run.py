@@ -114,7 +114,9 @@ def _parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     parser.add_argument("--quick", action="store_true", help="the shortest shapes, few samples")
     parser.add_argument("--rounds", type=_positive, default=15, help="turns of each contender (default %(default)s)")
-    parser.add_argument("--seconds", type=_positive, help="at most for a contender of a case (cpu: 3, gpu: 0.8)")
+    parser.add_argument(
+        "--seconds", type=_seconds, metavar="S", help="at most for a contender of a case (cpu: 3, gpu: 0.8)"
+    )
     parser.add_argument("--longest", type=_positive, default=1 << 30, help="leave out longer sequences")
     parser.add_argument("--no-growth", action="store_true", help="do not measure memory in processes of their own")
     parser.add_argument(
@@ -132,6 +134,12 @@ def _positive(text: str) -> int:
     if (number := int(text)) < 1:
         raise ValueError(text)
     return number
+
+
+def _seconds(text: str) -> float:
+    if not (seconds := float(text)) > 0:
+        raise ValueError(text)
+    return seconds
 
 
 def _folder(text: str) -> Path:

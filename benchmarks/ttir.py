@@ -13,6 +13,7 @@ from jaxlib.mlir import ir
 from jaxlib.triton import dialect
 
 from benchmarks.targets import TARGETS, allow_no_gpu
+from pallas_kernels import tuned
 
 _TRITON_CALL = "__gpu$xla.gpu.triton"
 _BITS = re.compile(r"\D*(\d+)")  # of f32, bf16, i8, ui8, f8E4M3FN; i1 takes a byte
@@ -59,7 +60,8 @@ def lower_abstract(fn: Callable[..., Any], args: Any, target: str) -> jax.stages
     """Lower for CUDA against an abstract device: nothing but jaxlib is needed."""
     allow_no_gpu()
     device = AbstractDevice(TARGETS[target].description, num_cores=TARGETS[target].core_count, platform="gpu")
-    with jax.sharding.use_abstract_mesh(AbstractMesh((1,), ("device",), abstract_device=device)), quiet_lowering():
+    mesh, capability = AbstractMesh((1,), ("device",), abstract_device=device), TARGETS[target].capability
+    with jax.sharding.use_abstract_mesh(mesh), quiet_lowering(), tuned.override(capability=capability):
         return jax.jit(fn).trace(*args).lower(lowering_platforms=("cuda",))
 
 

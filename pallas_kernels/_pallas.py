@@ -1,6 +1,7 @@
 """The only door to Pallas: the version seam, block specs, masked loads and stores."""
 
 from collections.abc import Callable, Sequence
+from contextvars import ContextVar
 from typing import Any, NamedTuple
 
 import jax
@@ -9,6 +10,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as pltriton
 
 program_id = pl.program_id
+_interpreted: ContextVar[bool] = ContextVar("interpreted", default=True)  # whether the kernel being traced will be
 
 
 def call(
@@ -33,7 +35,11 @@ def call(
     out_leaves, out_tree = jax.tree.flatten(out_shape)
 
     def flat_kernel(*refs: Any) -> None:
-        kernel(*jax.tree.unflatten(in_tree, refs[: len(leaves)]), jax.tree.unflatten(out_tree, refs[len(leaves) :]))
+        token = _interpreted.set(interpret)
+        try:
+            kernel(*jax.tree.unflatten(in_tree, refs[: len(leaves)]), jax.tree.unflatten(out_tree, refs[len(leaves) :]))
+        finally:
+            _interpreted.reset(token)
 
     aliases = {next(i for i, leaf in enumerate(leaves) if leaf is array): out for array, out in in_place}
     outs = pl.pallas_call(
@@ -97,9 +103,12 @@ def block(array: Any, *axes: Along | int | None) -> pl.BlockSpec:
     return pl.BlockSpec(shape, index)
 
 
-def load(ref: Any, index: tuple[Any, ...], mask: Any) -> jax.Array:
-    """`ref[index]`, 0 where `mask` is False; a masked element is never read."""
-    return pltriton.load(ref.at[index], mask=mask, other=jnp.zeros((), ref.dtype))
+def load(ref: Any, index: tuple[Any, ...], mask: Any, *, volatile: bool = False) -> jax.Array:
+    """`ref[index]`, 0 where `mask` is False; a masked element is never read.
+
+    A `volatile` one is read from memory each time, as where another program of the same grid may have written.
+    """
+    return pltriton.load(ref.at[index], mask=mask, other=jnp.zeros((), ref.dtype), volatile=volatile)
 
 
 def store(ref: Any, index: tuple[Any, ...], value: jax.Array, mask: Any) -> None:
@@ -129,16 +138,40 @@ def load_scalar(ref: Any) -> jax.Array:
     return ref[0]
 
 
+def exp2(x: jax.Array) -> jax.Array:
+    """2**x in float32 by one instruction, within 2 units in the last place; results under 2**-126 are 0."""
+    return jnp.exp2(x) if _interpreted.get() else _approximate("ex2", x)
+
+
+def reciprocal(x: jax.Array) -> jax.Array:
+    """1 / x in float32 by one instruction, within 1 unit in the last place; 0 for |x| above 2**126."""
+    return 1.0 / x if _interpreted.get() else _approximate("rcp", x)
+
+
+def _approximate(name: str, x: jax.Array) -> jax.Array:
+    """What Triton makes of the same functions guards against subnormal numbers, with four more instructions."""
+    (out,) = pltriton.elementwise_inline_asm(
+        f"{name}.approx.ftz.f32 $0, $1;",
+        args=[x],
+        constraints="=f,f",
+        pack=1,
+        result_shape_dtypes=[jax.ShapeDtypeStruct(x.shape, jnp.float32)],
+    )
+    return out
+
+
 __all__ = [
     "Along",
     "arange",
     "block",
     "call",
+    "exp2",
     "load",
     "load_one",
     "load_scalar",
     "per_group",
     "program_id",
+    "reciprocal",
     "span",
     "store",
     "whole",

@@ -38,8 +38,9 @@ def backward(
     """From the output, lse (B, N, T) in base 2, and the cotangents of the output and of the natural lse (B, T, N)."""
     d_out, d_lse = cotangents
     delta = (out.astype(jnp.float32) * d_out.astype(jnp.float32)).sum(-1) - d_lse
-    delta = jnp.where(lse == -jnp.inf, 0, delta.transpose(0, 2, 1))
-    extra = Refs(out=d_out, lse=lse, delta=delta)
+    unseen = lse == -jnp.inf
+    delta = jnp.where(unseen, 0, delta.transpose(0, 2, 1))
+    extra = Refs(out=d_out, lse=jnp.where(unseen, jnp.inf, lse), delta=delta)  # so that all weights come out 0
     d_key, d_value = _d_key_value(inputs, extra, plan)
     return Gradients(
         _d_query(inputs, extra, plan), d_key, d_value, _d_bias(inputs, extra, plan), _d_sinks(inputs, lse, delta)
@@ -109,7 +110,7 @@ class _Rows(NamedTuple):
     i: t.Tokens
     q: t.Rows
     d_out: t.Rows
-    lse: jax.Array  # on the queries' axis; +inf where nothing is seen, so that all weights come out 0
+    lse: jax.Array  # on the queries' axis; +inf where nothing is seen
     delta: jax.Array
 
 
@@ -117,7 +118,6 @@ def _rows(refs: Refs, place: t.Place, tile: Any, task: Task, axis: int) -> _Rows
     i = t.queries(refs, place, tile, task, axis)
     q, d_out = (t.rows(x, place, i, w, task) for x, w in zip((refs.query, refs.out), task.widths, strict=True))
     lse, delta = (t.vector(x, place, i) for x in (refs.lse, refs.delta))
-    lse = jnp.where(lse == -jnp.inf, jnp.inf, lse)
     return _Rows(i, q, d_out, jnp.expand_dims(lse, 1 - axis), jnp.expand_dims(delta, 1 - axis))
 
 
@@ -149,7 +149,7 @@ def _weights(
     """Of one tile, queries on `axis`."""
     multiply = (lambda a, b: t.product(task, a, b)) if axis == 0 else (lambda a, b: t.product(task, b, a))
     scores, slope = t.scores(multiply(rows.q, columns.k), refs, place, rows.i, columns.j, task, masked)
-    p = jnp.exp2(scores - rows.lse)
+    p = plk.exp2(scores - rows.lse)
     drop = partial(t.dropped, refs=refs, place=place, i=rows.i, j=columns.j, task=task)
     scale = 1 / (1 - task.spec.dropout_rate)
     d_p = drop(multiply(rows.d_out, columns.v)) * scale

@@ -35,9 +35,20 @@ class Plan:
 
     def launch(self, kind: str, inputs: AttendInputs) -> AttendLaunch:
         width, precision = max(inputs.key.shape[3], inputs.value.shape[3]), self.dots(inputs).precision
-        plain = inputs.bias is None and self.spec.soft_cap is None and not self.spec.dropout_rate
-        default = attend_launch(kind, width, precision, interpret=self.interpret, plain=plain)
+        hopper = tuned.for_hopper()
+        default = attend_launch(
+            kind, width, precision, interpret=self.interpret, load=self._load(kind, inputs), hopper=hopper
+        )
         return tuned.choose(self.key(f"attend_{kind}", inputs), default, self.own)
+
+    def _load(self, kind: str, inputs: AttendInputs) -> str:
+        """What takes registers beside the tiles, as attend_launch names it: the one that matters most to `kind`."""
+        pattern, scores = inputs.mask.pattern, (inputs.bias, self.spec.soft_cap, self.spec.dropout_rate or None)
+        if any(x is not None for x in scores) and (kind == "forward" or not pattern.scattered):
+            return "scores"
+        if pattern.scattered:
+            return "blocks"
+        return "heads" if inputs.query.shape[2] != inputs.key.shape[2] or len(pattern.windows) > 1 else ""
 
     def key(self, kernel: str, inputs: AttendInputs) -> tuned.Key:
         """By which a launch of `kernel` is looked up."""
@@ -134,7 +145,7 @@ def _tile(refs: Refs, outs: Refs, place: t.Place, task: Task) -> None:
             v = t.rows(refs.value, place, j, value_width, task)
             return tuple(task.dots(weights, v.part(n)) for n in range(len(v.parts)))
 
-        return update(state, scores, dot)
+        return update(state, scores, dot, plk.exp2)
 
     size = task.tiling.block_q
     acc = tuple(jnp.zeros((size, columns), jnp.float32) for _, columns in task.parts(value_width))

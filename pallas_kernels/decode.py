@@ -115,7 +115,8 @@ def _kernel(refs: Refs, outs: Refs, *, task: Task) -> None:
         j = t.keys(refs, place, k_tile, task, axis=1)
         k, v = (t.rows(x, place, j, w, task) for x, w in ((refs.key, width), (refs.value, value_width)))
         scores, _ = t.scores(t.product(task, q, k), refs, place, i, j, task, masked)
-        return update(state, scores, lambda weights: tuple(task.dots(weights, v.part(n)) for n in range(len(v.parts))))
+        dot = lambda weights: tuple(task.dots(weights, v.part(n)) for n in range(len(v.parts)))  # noqa: E731
+        return update(state, scores, dot, plk.exp2)
 
     size = task.tiling.block_q
     acc = tuple(jnp.zeros((size, columns), jnp.float32) for _, columns in task.parts(value_width))

@@ -18,12 +18,16 @@ from pallas_kernels import _pallas as plk
 from pallas_kernels import evo_bwd_kernels as k
 from pallas_kernels.evo_fwd import Inputs, Tables, totals_to_tables
 from pallas_kernels.evo_tile import Geometry
+from pallas_kernels.launch import FILLED
 from pallas_kernels.prefix_scan import exclusive_carries
 from reference.evo import EvoParams
 
 SEGMENT_TOKENS = (4096, 65536)  # fewest (enough programs to fill a GPU) and most (temporaries), over all groups
 ROW_TILE = 4096  # elements of a tile of whole rows
-WEIGHT_CHUNKS = 16  # chunks that one program of a weight gradient sums
+WEIGHT_CHUNKS = (
+    4,
+    16,
+)  # chunks that one program of a weight gradient sums, fewest (partial sums are read again) and most
 
 
 class State(NamedTuple):
@@ -75,6 +79,13 @@ def segment_chunks(groups: int, itemsize: int, geo: Geometry) -> int:
     return max(1, min(geo.chunks, -(-tokens // (groups * geo.chunk))))
 
 
+def weight_chunks(chunks: int, programs: int) -> int:
+    """How many of `chunks` one program sums, where `programs` blocks of weights and groups have one each: few enough
+    that all of them fill a GPU twice, within WEIGHT_CHUNKS."""
+    fewest, most = WEIGHT_CHUNKS
+    return min(max(chunks * programs // (2 * FILLED), fewest), most)
+
+
 class _Segment(NamedTuple):
     """One segment of the sequence: `chunks` chunks from chunk number `first`, and the passes over them."""
 
@@ -93,7 +104,8 @@ class _Segment(NamedTuple):
         gate = self._launch("gate", k.gate_kernel, None, gate_types)
         final = self._launch("final", k.final_kernel, gate.gate, self._rows("float32"))
         norm = self._norm(final, gate.context)
-        ratio = self._launch("ratio", k.ratio_kernel, (norm.z_final, gate.g), self._ratio_types())
+        warps = 8 if geo.block == 64 else None  # with four it spills
+        ratio = self._launch("ratio", k.ratio_kernel, (norm.z_final, gate.g), self._ratio_types(), warps=warps)
         d_v, after, gated = ratio.d_v, state.gated + ratio.gated_sums.sum(1), None
         if geo.causal:
             carries = _suffix_carries(ratio.gated_sums, state.gated)
@@ -154,11 +166,13 @@ class _Segment(NamedTuple):
 
     def _weight(self, x: jax.Array, z: jax.Array, factor: k.Factor) -> jax.Array:
         """x^T z over the segment: one register block per program, partial sums added in a fixed order."""
-        geo, parts = self.geo, -(-self.chunks // WEIGHT_CHUNKS)
+        geo = self.geo
         if geo.dot_dtype == "bfloat16" and geo.width % 64 == 0:  # two operands and one accumulator: room for 64 columns
             geo = replace(geo, launch=replace(geo.launch, block_d=64))
+        chunks = weight_chunks(self.chunks, geo.blocks**2 * x.shape[0])
+        parts = -(-self.chunks // chunks)
         out = jax.ShapeDtypeStruct((x.shape[0], parts, geo.width, geo.width), jnp.float32)
-        kernel = partial(k.weight_kernel, factor=factor, split=(self.chunks, WEIGHT_CHUNKS), geo=geo)
+        kernel = partial(k.weight_kernel, factor=factor, split=(self.chunks, chunks), geo=geo)
         partial_sums = plk.call(
             kernel,
             self.first,
@@ -175,7 +189,9 @@ class _Segment(NamedTuple):
         )
         return partial_sums.sum((0, 1))
 
-    def _launch(self, name: str, kernel: Any, extras: Any, out_shape: Any, in_place: Any = ()) -> Any:
+    def _launch(
+        self, name: str, kernel: Any, extras: Any, out_shape: Any, in_place: Any = (), warps: int | None = None
+    ) -> Any:
         """One program per (column block, chunk of the segment, group)."""
         launch = self.geo.launch
         specs = partial(jax.tree.map, lambda array: plk.per_group(array, 2))
@@ -190,7 +206,7 @@ class _Segment(NamedTuple):
             in_specs=(plk.whole(self.first), self.inputs.specs(2), specs(self.tables), specs(extras)),
             out_specs=specs(out_shape),
             out_shape=out_shape,
-            num_warps=launch.num_warps,
+            num_warps=warps or launch.num_warps,
             num_stages=launch.num_stages,
             interpret=launch.interpret,
             in_place=in_place,

@@ -36,7 +36,7 @@ def gate_kernel(first: Any, inputs: Inputs, tables: Tables, _: Any, out: Gate, *
     t.store_tile(out.gate, rows.local, rows.inside, block, of.gate, geo)
     if of.g is not None:
         t.store_tile(out.g, rows.local, rows.inside, block, of.g, geo)
-    t.store_tile(out.context, rows.local, rows.inside, block, t.prefix(tables.context, chunk, block, of.v, geo), geo)
+    t.store_tile(out.context, rows.local, rows.inside, block, of.context, geo)
 
 
 def final_kernel(first: Any, inputs: Inputs, tables: Tables, gate: Any, out: Any, *, geo: Geometry) -> None:
@@ -102,11 +102,11 @@ def ratio_kernel(
     gv = v if g_ref is None else v * t.load_tile(g_ref, rows.local, rows.inside, block, geo)
     gated = t.prefix(tables.gated, chunk, block, gv, geo).astype(jnp.float32)
     local = local_of_v(inputs, rows, block, geo)
-    denominator = jnp.abs(gated) + jnp.abs(local) + t.DEN_EPS
-    ratio = q_of_query(inputs, rows, block, geo) / denominator
+    inverse = plk.reciprocal(jnp.abs(gated) + jnp.abs(local) + t.DEN_EPS)
+    ratio = q_of_query(inputs, rows, block, geo) * inverse
     d_gate = _back(z_final_ref, inputs.params.final_kernel, rows, block, geo)
     s = t.sigmoid(ratio)
-    z_q = d_gate * v * s * (1.0 + ratio * (1.0 - s)) / denominator
+    z_q = d_gate * v * s * (1.0 + ratio * (1.0 - s)) * inverse
     z_local = -z_q * ratio * t.sign(local)
     d_gated = -z_q * ratio * t.sign(gated)
     for ref, tile in ((out.z_q, z_q), (out.z_local, z_local), (out.d_gated, d_gated), (out.d_v, d_gate * ratio * s)):
@@ -160,7 +160,7 @@ def linear_kernel(
     d_context = t.load_tile(d_context_ref, rows.local, rows.inside, block, geo)
     if z_gate_ref is not None:
         from_mean = _back(z_gate_ref, params.gate_kernel, rows, block, geo)
-        d_context = d_context + jnp.where(rows.inside[:, None], from_mean / rows.count[:, None], 0.0)
+        d_context = d_context + jnp.where(rows.inside[:, None], from_mean * (1.0 / rows.count)[:, None], 0.0)
     d_v = t.load_tile(d_v_ref, rows.local, rows.inside, block, geo)
     d_v = d_v + _back(z_local_ref, params.local_kernel, rows, block, geo)
     from_q = _back(z_q_ref, params.q_kernel, rows, block, geo)
@@ -218,7 +218,7 @@ def weight_kernel(
         else:
             x = t.load_tile(x_ref, rows.index, rows.used, row_block, geo)
         if factor.is_context:
-            x = x / rows.count[:, None]
+            x = x * (1.0 / rows.count)[:, None]
         z = t.load_tile(z_ref, rows.local, rows.inside, column_block, geo)
         return acc + t.dot(x, z, geo, (0, 0))
 

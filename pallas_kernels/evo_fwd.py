@@ -117,19 +117,32 @@ def _gated_sums_kernel(inputs: Inputs, tables: Tables, sums_ref: Any, *, geo: Ge
     block, chunk = plk.program_id(0), plk.program_id(1)
     rows = t.chunk_rows(inputs.rows, chunk, geo)
 
-    v = load_v(inputs, rows, block, geo)
-    gated = gate_of_mean(inputs, tables, rows, chunk, block, geo) * v
+    context = context_of_v(inputs, tables, rows, chunk, geo)
+    gated = gate_of_mean(inputs, rows, context, block, geo) * load_v(inputs, rows, block, geo)
     t.store_carry(sums_ref, chunk, block, gated.astype(geo.accum).sum(0), geo)
 
 
-def gate_of_mean(inputs: Inputs, tables: Tables, rows: t.Rows, chunk: Any, block: Any, geo: Geometry) -> jax.Array:
-    """One column block of g = sigmoid(m @ W_g + b_g), with m_t = c_t / t the running mean of v."""
+def gate_of_mean(inputs: Inputs, rows: t.Rows, context_of: Any, block: Any, geo: Geometry) -> jax.Array:
+    """One column block of g = sigmoid(m @ W_g + b_g), with m_t = c_t / t the running mean of v.
+
+    `context_of(k)` is column block k of c. Rounding m would show wherever the denominator of r is next to 0, and so in
+    the gradients of all earlier tokens.
+    """
 
     def mean(k: Any) -> jax.Array:
-        context = t.prefix(tables.context, chunk, k, load_v(inputs, rows, k, geo), geo)
-        return (context / rows.count.astype(geo.accum)[:, None]).astype(jnp.float32)
+        return (context_of(k) * (1.0 / rows.count.astype(geo.accum))[:, None]).astype(jnp.float32)
 
-    return t.sigmoid(t.linear(mean, inputs.params.gate_kernel, inputs.params.gate_bias, block, geo))
+    kernel, bias = inputs.params.gate_kernel, inputs.params.gate_bias
+    return t.sigmoid(t.linear(mean, kernel, bias, block, geo, exact=True))
+
+
+def context_of_v(inputs: Inputs, tables: Tables, rows: t.Rows, chunk: Any, geo: Geometry) -> Any:
+    """A function of k that gives column block k of c, the running sum of v; a single block is summed once."""
+    of = lambda k: t.prefix(tables.context, chunk, k, load_v(inputs, rows, k, geo), geo, exact=True)  # noqa: E731
+    if geo.blocks > 1:
+        return of
+    whole = of(0)
+    return lambda _: whole
 
 
 def load_v(inputs: Inputs, rows: t.Rows, block: Any, geo: Geometry) -> jax.Array:
@@ -151,21 +164,22 @@ def q_of_query(inputs: Inputs, rows: t.Rows, block: Any, geo: Geometry) -> jax.A
 
 
 class Gates(NamedTuple):
-    """One column block of v, g and the gate."""
+    """One column block of c, g and the gate."""
 
-    v: jax.Array
+    context: jax.Array
     g: jax.Array | None  # None in the non-causal form, where it is a constant of the sequence
     gate: jax.Array  # silu(r) * v
 
 
 def gates(inputs: Inputs, tables: Tables, rows: t.Rows, chunk: Any, block: Any, geo: Geometry) -> Gates:
     """g and gate = silu(r) v of one column block, each product in its own loop: together they spill registers."""
-    g = gate_of_mean(inputs, tables, rows, chunk, block, geo) if geo.causal else None
+    context = context_of_v(inputs, tables, rows, chunk, geo)
+    g = gate_of_mean(inputs, rows, context, block, geo) if geo.causal else None
     v = load_v(inputs, rows, block, geo)
     gated = t.prefix(tables.gated, chunk, block, v if g is None else g * v, geo).astype(jnp.float32)
     denominator = jnp.abs(gated) + jnp.abs(local_of_v(inputs, rows, block, geo)) + t.DEN_EPS
-    ratio = q_of_query(inputs, rows, block, geo) / denominator
-    return Gates(v, g, ratio * t.sigmoid(ratio) * v)
+    ratio = q_of_query(inputs, rows, block, geo) * plk.reciprocal(denominator)
+    return Gates(context(block), g, ratio * t.sigmoid(ratio) * v)
 
 
 def _output_kernel(inputs: Inputs, tables: Tables, out_ref: Any, *, geo: Geometry) -> None:
@@ -175,9 +189,8 @@ def _output_kernel(inputs: Inputs, tables: Tables, out_ref: Any, *, geo: Geometr
     of = gates(inputs, tables, rows, chunk, 0, geo)
     final = t.dot(of.gate, t.load_weight(inputs.params.final_kernel, 0, 0, geo), geo)
     final = t.sigmoid(final + t.load_columns(inputs.params.final_bias, 0, geo)[None, :])
-    context = t.prefix(tables.context, chunk, 0, of.v, geo).astype(jnp.float32)
     _, ok = t.columns(0, geo)
-    y = jnp.where(rows.live[:, None] & ok[None, :], final * context, 0.0)
+    y = jnp.where(rows.live[:, None] & ok[None, :], final * of.context.astype(jnp.float32), 0.0)
     x_hat, _ = t.normalise(y, geo.width, ok)
     store_normalised(inputs, rows, [(0, x_hat)], out_ref, geo)
 
@@ -248,7 +261,7 @@ def _norm_kernel(inputs: Inputs, tables: Tables, gate_ref: Any, out_ref: Any, *,
         else:
             final = final_gate(inputs, gate_ref, rows, block, geo)
         v = load_v(inputs, rows, block, geo)
-        context = t.prefix(tables.context, chunk, block, v, geo).astype(jnp.float32)
+        context = t.prefix(tables.context, chunk, block, v, geo, exact=True).astype(jnp.float32)
         _, ok = t.columns(block, geo)
         parts.append((block, ok, jnp.where(rows.live[:, None] & ok[None, :], final * context, 0.0)))
     mean = reduce(jnp.add, [y.sum(1) for _, _, y in parts])[:, None] / geo.width

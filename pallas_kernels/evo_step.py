@@ -64,7 +64,8 @@ def _geometry(groups: int, geo: Geometry) -> Geometry:
     """Groups in place of tokens. Columns past the width cost less here than more, narrower blocks would."""
     widest = 64 if geo.dot_dtype == "bfloat16" and geo.width <= 128 else 32
     block = min(widest, max(16, 1 << (geo.width - 1).bit_length()))
-    return replace(geo, length=groups, launch=replace(geo.launch, block_m=ROWS, block_d=block))
+    warps = 8 if block < geo.width and block == 64 else geo.launch.num_warps  # with four, some widths spill
+    return replace(geo, length=groups, launch=replace(geo.launch, block_m=ROWS, block_d=block, num_warps=warps))
 
 
 def _step_kernel(inputs: Inputs, carry: Tables, out: Step, *, geo: Geometry) -> None:

@@ -10,6 +10,7 @@ from jax import lax
 
 from pallas_kernels import _pallas as plk
 from pallas_kernels.launch import Launch
+from reference.online_softmax import LOG2_E
 
 DEN_EPS = 1e-8
 NORM_EPS = 1e-5
@@ -123,12 +124,33 @@ def load_weight(ref: Any, row_block: Any, column_block: Any, geo: Geometry) -> j
     return block.astype(geo.dot_dtype)
 
 
-def prefix(carry_ref: Any, chunk: Any, block: Any, tile: jax.Array, geo: Geometry) -> jax.Array:
-    """carry + running sum of `tile` down its rows (causal), or the total at every row, in the accumulation dtype."""
+def prefix(carry_ref: Any, chunk: Any, block: Any, tile: jax.Array, geo: Geometry, exact: bool = False) -> jax.Array:
+    """carry + running sum of `tile` down its rows (causal), or the total at every row, in the accumulation dtype.
+
+    `exact`: the values of `tile` are those of the dtype of the dot products.
+    """
     carry = load_carry(carry_ref, chunk, block, geo)[None, :]
     if not geo.causal:
         return jnp.broadcast_to(carry, tile.shape)
+    if geo.dot_dtype == "bfloat16" and geo.accum == "float32":
+        return carry + _sums_down(tile, exact, geo)
     return carry + jnp.cumsum(tile.astype(geo.accum), axis=0)
+
+
+def _sums_down(tile: jax.Array, exact: bool, geo: Geometry) -> jax.Array:
+    """Running sums down the rows by a product with a triangle of ones, whose operands are three parts of the values.
+
+    Three bfloat16 hold a float32; of values that are bfloat16, as an `exact` tile's are, one does. A scan takes twice
+    the instructions. What is not finite shows in all rows of the tile.
+    """
+    place = plk.arange(geo.chunk)
+    ones = (place[:, None] >= place[None, :]).astype(jnp.float32)
+    high = _rounded(tile, geo)
+    sums = dot(ones, high, geo)
+    if exact:
+        return sums
+    middle = _rounded(tile - high, geo)
+    return sums + (dot(ones, middle, geo) + dot(ones, tile - high - middle, geo))
 
 
 def dot(a: jax.Array, b: jax.Array, geo: Geometry, contract: tuple[int, int] = (1, 0)) -> jax.Array:
@@ -165,13 +187,30 @@ def zeros(geo: Geometry) -> jax.Array:
     return jnp.zeros((geo.chunk, geo.block), jnp.float32)
 
 
-def linear(tile_of: Callable[[Any], jax.Array], kernel: Any, bias: Any, block: Any, geo: Geometry) -> jax.Array:
-    """(C, w) column block of a @ kernel + bias, where `tile_of(k)` is column block k of a."""
+def linear(
+    tile_of: Callable[[Any], jax.Array], kernel: Any, bias: Any, block: Any, geo: Geometry, exact: bool = False
+) -> jax.Array:
+    """(C, w) column block of a @ kernel + bias, where `tile_of(k)` is column block k of a.
+
+    `exact`: of a as it is in float32, by two products, where the dot products' dtype would round it.
+    """
 
     def step(k: Any, acc: jax.Array) -> jax.Array:
-        return acc + dot(tile_of(k), load_weight(kernel, k, block, geo), geo)
+        a, b = tile_of(k), load_weight(kernel, k, block, geo)
+        if exact and geo.dot_precision != "tf32x3":
+            high = _rounded(a, geo)
+            return acc + dot(high, b, geo) + dot(a - high, b, geo)
+        return acc + dot(a, b, geo)
 
     return over_blocks(step, zeros(geo), geo) + load_columns(bias, block, geo)[None, :]
+
+
+def _rounded(a: jax.Array, geo: Geometry) -> jax.Array:
+    """float32 values that the dot products take as they are: of bfloat16, or of TF32's 11 bits."""
+    if geo.dot_dtype == "bfloat16":
+        return a.astype("bfloat16").astype(jnp.float32)
+    bits = lax.bitcast_convert_type(a, jnp.int32) & jnp.int32(-(2**13))
+    return lax.bitcast_convert_type(bits, jnp.float32)
 
 
 def linear_transposed(tile_of: Callable[[Any], jax.Array], kernel: Any, block: Any, geo: Geometry) -> jax.Array:
@@ -184,7 +223,7 @@ def linear_transposed(tile_of: Callable[[Any], jax.Array], kernel: Any, block: A
 
 
 def sigmoid(x: jax.Array) -> jax.Array:
-    return 1.0 / (1.0 + jnp.exp(-x))
+    return plk.reciprocal(1.0 + plk.exp2(-LOG2_E * x))
 
 
 def normalise(y: jax.Array, width: int, ok: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -34,24 +34,25 @@ def _check_tiles(launch: Any, names: tuple[str, ...], least: int = 16) -> None:
         raise ValueError(f"num_stages={launch.num_stages} must be at least 1")
 
 
-def evo_launch(width: int, dot_dtype: str, *, interpret: bool, backward: bool = False) -> Launch:
+def evo_launch(width: int, dot_dtype: str, *, interpret: bool, backward: bool = False, hopper: bool = False) -> Launch:
     """The default launch for head width `width`.
 
     Wider tiles read each row fewer times, until they spill registers. The forward holds 64 columns of bfloat16: then a
     width of 64 is one block, and is fused into three reads and one write. Everything else takes 32 columns where that
     (in float32 gradients: 64) divides the width, else 16, so that at most 15 columns are computed in vain. Eight warps
     give the backward's bfloat16 tiles room in registers (with four, one of them spilled on A100 with JAX 0.12's
-    compiler).
+    compiler). On Hopper that backward takes 64 columns and four warps, which an H200 ran a quarter faster.
     """
-    widest = 64 if dot_dtype == "bfloat16" and not backward else 32
+    widest = 64 if dot_dtype == "bfloat16" and (hopper or not backward) else 32
     block_d = next(block for block in (widest, 32, 16) if width % block == 0 or block == 16)
     if dot_dtype == "float32" and backward and width % 64:
         block_d = 16  # an odd number of 32s spills on A100
-    warps = 8 if dot_dtype == "bfloat16" and backward and block_d == 32 else 4
+    warps = 8 if dot_dtype == "bfloat16" and backward and block_d == 32 and not hopper else 4
     return Launch(block_m=64, block_d=block_d, num_warps=warps, num_stages=1, interpret=interpret)
 
 
 FILLED = 128  # programs that occupy a GPU: about one for each multiprocessor of an H100 (132) or an A100 (108)
+SEGMENT_WAVES = 4  # programs of each multiprocessor, once a sequence is cut: several are resident and hide waiting
 SEGMENT_CHUNKS = 4  # fewest chunks of a segment: summing it first costs about a third of walking it
 
 
@@ -62,7 +63,31 @@ _LINEAR = {  # precision of dot products: tokens of a chunk (and where there is 
 }
 
 
-def linear_launch(width: int, precision: str, *, plain: bool, causal: bool, interpret: bool) -> Launch:
+_LINEAR_HOPPER = {  # most columns of a row: tokens of a chunk, columns of a program, of a part, warps, stages
+    "bf16": {64: (64, 64, 64, 4, 2), 128: (64, 32, 128, 4, 2)},
+    "bf16 backward": {64: (64, 64, 64, 4, 2), 128: (64, 32, 128, 8, 3)},
+    "bf16 more": {64: (64, 32, 64, 4, 2), 128: (64, 32, 64, 8, 2)},  # unless plain and causal
+    "tf32x3": {64: (32, 64, 32, 8, 1)},
+    "tf32x3 more": {},
+}
+
+
+def _linear_on_hopper(width: int, precision: str, plain: bool, backward: bool) -> Any:
+    """A row of _LINEAR_HOPPER, or None."""
+    names = (f"{precision} backward" if backward else "", precision) if plain else (f"{precision} more",)
+    return _of_width(next((_LINEAR_HOPPER[name] for name in names if name in _LINEAR_HOPPER), {}), width)
+
+
+def linear_launch(
+    width: int,
+    precision: str,
+    *,
+    plain: bool,
+    causal: bool,
+    interpret: bool,
+    backward: bool = False,
+    hopper: bool = False,
+) -> Launch:
     """The default launch of a walk over rows of `width` columns.
 
     A program holds a state of (width, 32), so that 32 heads of width 128 give 128 programs, and reads rows in parts, at
@@ -70,8 +95,13 @@ def linear_launch(width: int, precision: str, *, plain: bool, causal: bool, inte
     width, and where operands are split into three for TF32, in wide ones instead. The more numbers an operand is split
     into, the smaller its tiles are, and smaller still for a wide state, for sums over a whole sequence, and unless the
     call is `plain` (no rows, no groups, no sums of a softmax): anything larger spills registers. Causal float32 over a
-    width of 128 is an exception, found by compiling: parts of 64.
+    width of 128 is an exception, found by compiling: parts of 64. On Hopper: of what does not spill, what an H200 ran
+    fastest, with no more columns of a program than leave 32 heads of width 128 without states in memory.
     """
+    measured = _linear_on_hopper(width, precision, plain and causal, backward) if hopper else None
+    if measured is not None:
+        chunk, columns, part, warps, stages = measured
+        return Launch(chunk, columns, warps, stages, interpret, part)
     chunk, small_chunk, widest = _LINEAR[precision]
     columns, wide, split = -(-width // 16) * 16, width > 128 and precision != "bf16", precision == "tf32x3"
     part = next(part for part in (64, 32, 16) if part == 16 or (part <= widest and columns % (2 * part) == 0))
@@ -89,9 +119,11 @@ def linear_segments(programs: int, chunks: int) -> int:
     """Into how many segments a sequence of `chunks` chunks is cut, each walked by a program of its own.
 
     One, where `programs` (heads and column tiles) fill the GPU without: then no state is held in memory. Otherwise as
-    many as fill it, none shorter than SEGMENT_CHUNKS.
+    many as fill it SEGMENT_WAVES times, none shorter than SEGMENT_CHUNKS.
     """
-    wanted = min(-(-FILLED // max(programs, 1)), max(chunks // SEGMENT_CHUNKS, 1))
+    if programs >= FILLED:
+        return 1
+    wanted = min(-(-SEGMENT_WAVES * FILLED // max(programs, 1)), max(chunks // SEGMENT_CHUNKS, 1))
     steps = -(-chunks // wanted)
     return -(-chunks // steps)
 
@@ -154,22 +186,42 @@ class AttendLaunch:
         _check_tiles(self, ("block_q", "block_k", "widest"))
 
 
-def attend_launch(kind: str, width: int, precision: str, *, interpret: bool, plain: bool = True) -> AttendLaunch:
+def attend_launch(
+    kind: str, width: int, precision: str, *, interpret: bool, load: str = "", hopper: bool = False
+) -> AttendLaunch:
     """The default launch of "forward", "d_query", "d_key_value" or "d_bias".
 
     `width` is the wider of key and value. Where a program sums into so many registers that few are left, it holds no
     rows but reads them again wherever they are used: in the gradients of rows over 128 columns, 64 where operands are
-    split into three for TF32, and in the forward over 256 and 128. The forward takes narrower tiles unless the call is
-    `plain` (no bias, soft cap or dropout).
+    split into three for TF32, and in the forward over 256 and 128. `load` says what else takes registers: "scores"
+    (bias, soft cap or dropout, for which the forward takes narrower tiles), "heads" (several in one program, or windows
+    by head), "blocks" (scattered ones), "" (none of it). On Hopper the launches are those that an H200 ran fastest.
     """
     precision = _held_as(precision)
-    table, split, forward = _ATTEND[precision][kind], precision == "tf32x3", kind == "forward"
-    q, k, warps, stages = table[next(size for size in table if width <= size)]
-    if forward and not plain:
+    split, forward = precision == "tf32x3", kind == "forward"
+    measured = _of_width(_on_hopper(precision, kind, load), width) if hopper else None
+    if measured is not None:
+        q, k, warps, stages, widest, reread = measured
+    else:
+        q, k, warps, stages = _of_width(_ATTEND[precision][kind], width)
+        reread = width > (128 if split else 256) // (1 if forward else 2)
+        widest = 64 if reread else (32 if forward else 64) if split else 256
+    if forward and load == "scores":
         k = min(k, 32)
-    reread = width > (128 if split else 256) // (1 if forward else 2)
-    widest = 64 if reread else (32 if forward else 64) if split else 256
     return AttendLaunch(q, k, warps, stages, interpret, widest, reread)
+
+
+def _of_width(table: dict[int, Any], width: int) -> Any:
+    """The row of the narrowest rows that are at least `width` wide, or None."""
+    return next((row for size, row in table.items() if width <= size), None)
+
+
+def _on_hopper(precision: str, kind: str, load: str) -> dict[int, Any]:
+    """Rows for that load where there are such, else for less of it."""
+    tables = _HOPPER[precision]
+    loads = ("blocks", "more", "") if load == "blocks" else ("more", "") if load else ("",)
+    names = [f"{kind} {name}".strip() for name in loads]
+    return next((tables[name] for name in names if name in tables), {})
 
 
 SPLIT_TILES = 4  # fewest tiles of keys of a split, lest its start and the merge cost more than it reads
@@ -232,5 +284,47 @@ _ATTEND = {
         "d_query": {64: (64, 16, 8, 1), 256: (32, 16, 8, 1)},
         "d_key_value": {64: (32, 32, 8, 1), 256: (16, 32, 8, 1)},
         "d_bias": {64: (32, 32, 8, 1), 256: (32, 16, 8, 1)},
+    },
+}
+
+# Of what compiles for Hopper without spills, what an H200 ran fastest: as above, then the most columns of a part of a
+# row and whether rows are read again. "more": under any load; "blocks": under that of scattered ones. Four warps issue
+# one product of 64 rows, whose scores and sums stay in their registers.
+_HOPPER: dict[str, dict[str, dict[int, tuple[int, int, int, int, int, bool]]]] = {
+    "bf16": {
+        "forward": {128: (64, 64, 4, 3, 256, False), 256: (128, 64, 8, 2, 256, False)},
+        "d_query": {
+            **{64: (64, 64, 4, 2, 256, False), 128: (128, 64, 8, 3, 256, False)},
+            **{256: (128, 32, 8, 2, 256, False)},
+        },
+        "d_key_value": {128: (64, 64, 4, 2, 256, False), 256: (64, 64, 8, 2, 64, True)},
+        "d_key_value more": {
+            **{96: (64, 64, 4, 2, 256, False), 128: (32, 64, 4, 3, 256, False)},
+            **{256: (64, 64, 8, 2, 64, True)},
+        },
+        "d_key_value blocks": {
+            **{64: (32, 64, 4, 2, 256, False), 128: (32, 128, 8, 3, 256, False)},
+            **{256: (64, 64, 8, 2, 64, True)},
+        },
+    },
+    "fp16": {
+        "forward": {128: (64, 64, 4, 3, 256, False), 256: (128, 64, 8, 2, 256, False)},
+        "d_query": {
+            **{64: (64, 64, 4, 2, 256, False), 128: (128, 64, 8, 3, 256, False)},
+            **{256: (128, 32, 8, 2, 256, False)},
+        },
+        "d_query more": {64: (64, 64, 4, 2, 256, False), 128: (128, 64, 8, 3, 256, False)},
+        "d_key_value": {
+            **{64: (64, 64, 4, 2, 256, False), 128: (32, 128, 8, 2, 256, False)},
+            **{256: (64, 64, 8, 2, 64, True)},
+        },
+        "d_key_value blocks": {64: (32, 64, 4, 2, 256, False), 128: (32, 64, 8, 2, 256, False)},
+    },
+    "tf32x3": {
+        "forward": {64: (64, 64, 4, 1, 32, False), 128: (64, 32, 4, 1, 32, False)},
+        "d_query": {64: (64, 64, 4, 1, 64, False), 128: (64, 32, 4, 1, 64, True)},
+        "d_query blocks": {64: (64, 32, 4, 1, 64, False), 128: (64, 32, 4, 1, 64, True)},
+        "d_key_value": {64: (32, 64, 4, 1, 64, False)},
+        "d_key_value blocks": {64: (32, 128, 8, 1, 64, False)},
     },
 }

@@ -48,7 +48,13 @@ class Plan:
         plain = inputs.rows is None and inputs.query.shape[2] == inputs.key.shape[2]
         plain = plain and self.spec.feature_map != "softmax"
         default = linear_launch(
-            width, self.dots(inputs).precision, plain=plain, causal=self.spec.causal, interpret=self.interpret
+            width,
+            self.dots(inputs).precision,
+            plain=plain,
+            causal=self.spec.causal,
+            interpret=self.interpret,
+            backward=self.kernel == "linear_backward",
+            hopper=tuned.for_hopper(),
         )
         return tuned.choose(self.key(self.kernel, inputs, plain), default, own)
 

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels import _pallas as plk
+from reference.online_softmax import LOG2_E
 
 
 class Operand(NamedTuple):
@@ -127,7 +128,7 @@ def load_tile(operand: Operand, tokens: Tokens, head: Any, piece: Columns) -> ja
 
 
 def _elu(x: jax.Array) -> jax.Array:
-    return jnp.where(x > 0.0, x + 1.0, jnp.exp(jnp.minimum(x, 0.0)))
+    return jnp.where(x > 0.0, x + 1.0, plk.exp2(LOG2_E * jnp.minimum(x, 0.0)))
 
 
 def _relu(x: jax.Array) -> jax.Array:
@@ -144,5 +145,5 @@ FEATURES: dict[str, Callable[[jax.Array], jax.Array]] = {"elu": _elu, "relu": _r
 def slope(feature_map: str, x: jax.Array, d_phi: jax.Array) -> jax.Array:
     """The gradient of x from that of phi(x); softmax's is taken outside, since it couples the columns."""
     if feature_map == "elu":
-        return d_phi * jnp.where(x > 0.0, 1.0, jnp.exp(jnp.minimum(x, 0.0)))
+        return d_phi * jnp.where(x > 0.0, 1.0, plk.exp2(LOG2_E * jnp.minimum(x, 0.0)))
     return jnp.where(x > 0.0, d_phi, 0.0) if feature_map == "relu" else d_phi

@@ -67,6 +67,7 @@ class _Setting:
     overrides: tuple[tuple[str | Key, Fields], ...] = ()  # later ones win
     stored: bool = True  # whether the user's cache and the shipped tables are read
     records: "_Records | None" = None
+    capability: tuple[int, int] | None = None  # of the GPU that is compiled for; None: this process's first one
 
 
 class _Records:
@@ -80,7 +81,12 @@ _context = jax.make_user_context(_Setting())
 
 
 @contextlib.contextmanager
-def override(launches: Mapping[Any, Mapping[str, Any]] | None = None, *, stored: bool = True) -> Iterator[None]:
+def override(
+    launches: Mapping[Any, Mapping[str, Any]] | None = None,
+    *,
+    stored: bool = True,
+    capability: tuple[int, int] | None = None,
+) -> Iterator[None]:
     """Launch kernels otherwise in this block and thread: {kernel or Key: {"block_q": 64, ...}}.
 
     A Key wins over its kernel's name, an inner block over an outer one, and the caller's own arguments over both.
@@ -88,6 +94,7 @@ def override(launches: Mapping[Any, Mapping[str, Any]] | None = None, *, stored:
 
     Args:
         stored: False leaves out what was tuned on this machine and what ships as tables, inside this block.
+        capability: the default rules are those for a GPU of this compute capability, which need not be here.
 
     Raises:
         ValueError: an unknown kernel or field; while tracing, a value that no launch can have.
@@ -95,7 +102,7 @@ def override(launches: Mapping[Any, Mapping[str, Any]] | None = None, *, stored:
     added = tuple((name, _checked(name, fields)) for name, fields in (launches or {}).items())
     added = tuple(sorted(added, key=lambda item: isinstance(item[0], Key)))
     now = _context.value
-    with _context(_Setting((*now.overrides, *added), now.stored and stored, now.records)):
+    with _context(_Setting((*now.overrides, *added), now.stored and stored, now.records, capability or now.capability)):
         yield
 
 
@@ -103,7 +110,7 @@ def override(launches: Mapping[Any, Mapping[str, Any]] | None = None, *, stored:
 def recording() -> Iterator[dict[Key, Chosen]]:
     """Gather the launches of all kernels that are traced inside the block, in the order of their first use."""
     now, records = _context.value, _Records()
-    with _context(_Setting(now.overrides, now.stored, records)):
+    with _context(dataclasses.replace(now, records=records)):
         yield records.launches
 
 
@@ -126,6 +133,14 @@ def choose(key: Key, default: AnyLaunch, own: Mapping[str, Any] | None = None, *
     if now.records is not None and record:
         now.records.launches.setdefault(key, Chosen(default, launch, source))
     return launch
+
+
+def for_hopper() -> bool:
+    """Whether default launches are to be those of Hopper, which need its tensor cores and shared memory.
+
+    Where no GPU is known, as in an export, they are those that fit every GPU since Ampere.
+    """
+    return (_context.value.capability or tuned_store.capability() or (0, 0))[0] == 9
 
 
 def undisturbed() -> bool:

@@ -34,6 +34,13 @@ def device_kind() -> str | None:
     return getattr(device(), "device_kind", None)
 
 
+@functools.cache
+def capability() -> tuple[int, int] | None:
+    """The compute capability of that device, as (9, 0)."""
+    found = str(getattr(device(), "compute_capability", ""))
+    return (int(found.split(".")[0]), int(found.split(".")[1])) if re.fullmatch(r"\d+\.\d+", found) else None
+
+
 def find(key: Any) -> tuple[dict[str, Any], str]:
     """(fields of the launch, where they are from: "cache", "table" or "default"); nothing without a CUDA device."""
     kind = device_kind()

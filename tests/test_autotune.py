@@ -13,7 +13,7 @@ from evo_jax import autotune_first, tune_command
 from evo_jax.__main__ import main
 from evo_jax.autotune import candidates, difference, tunable
 from evo_jax.backend import on_arrays
-from pallas_kernels import prefix_scan, tuned, tuned_store
+from pallas_kernels import evo_fwd, prefix_scan, tuned, tuned_store
 from pallas_kernels.tuned import Key
 
 MODULE = sys.modules["evo_jax.autotune"]
@@ -78,6 +78,7 @@ def test_a_wrong_candidate_is_rejected_by_name_however_fast(gpu, monkeypatch):
         return original(totals) * jnp.float32(chunks != -(-len(X) // 128))
 
     monkeypatch.setattr(prefix_scan, "exclusive_carries", faulty)
+    monkeypatch.setattr(prefix_scan, "SPAN", 0)  # two passes, of which only one is wrong
     with pytest.warns(RuntimeWarning, match=r"rejects \{'chunk': 128\} for prefix float32.*off by"):
         (row,) = evo_jax.autotune(sum_of, X).rows
     assert row.best["chunk"] == 16
@@ -310,21 +311,41 @@ def test_the_tuning_thread_takes_over_x64(gpu, monkeypatch):
     assert seen == [True, False]
 
 
-@pytest.mark.parametrize(
-    ("change", "stray", "fault"),
-    [
-        (lambda x: x.at[7].multiply(1.01), 1e-3, None),
-        (lambda x: x.at[7:12].multiply(1.01), 1e-3, "5 rows are"),
-        (lambda x: x.at[7].multiply(9.0), 1e-3, "as a whole"),
-        (lambda x: x.at[7, 3].set(jnp.nan), 1e-3, "not finite"),
-        (lambda x: 1e25 * x, 0.0, "off by"),
-    ],
-)
-def test_few_rows_of_evo_may_be_off_by_more(change, stray, fault):
+def test_squares_of_large_results_do_not_overflow():
     x = jax.random.normal(jax.random.key(0), (4096, 16))
-    found = difference(change(x), x, stray)
-    assert found is None if fault is None else fault in found
-    assert difference(1e25 * x, 1e25 * x.at[7, 3].multiply(1 + 1e-6)) is None, "squares do not overflow"
+    assert "off by" in str(difference(1e25 * x, x))
+    assert difference(1e25 * x, 1e25 * x.at[7, 3].multiply(1 + 1e-6)) is None
+
+
+def evo_gradient(v, scale):
+    """Of a sum of squares that LayerNorm makes constant where `scale` is: then only rounding is left of it."""
+    params = evo_jax.init_evo_params(jax.random.key(1), 16)._replace(norm_scale=scale)
+    out, pull = jax.vjp(lambda v: evo_jax.evo_attention(v, params, implementation="interpret"), v)
+    return v.min(), out, pull(out)
+
+
+def test_evo_is_judged_on_positive_numbers(gpu, monkeypatch):
+    """The caller's may cancel, and then right launches disagree; a carry that is off by a tenth is still seen."""
+    right, wrong = {"block_m": 16}, {"block_m": 32}
+    monkeypatch.setattr(MODULE, "candidates", lambda key, *_: [right, wrong] if key.kernel == "evo_forward" else [])
+    monkeypatch.setattr(MODULE, "timed", lambda runs: dict.fromkeys(runs, 1.0))
+    judged, carries, compare = [], evo_fwd.exclusive_carries, MODULE.difference
+
+    def faulty(totals):
+        tenth = 1.1 if totals.shape[1] == -(-130 // 32) else 1.0
+        return carries(totals).at[:, 2].multiply(tenth)
+
+    def spied(actual, expected):
+        judged.append(float(expected[0]))
+        return compare(actual, expected)
+
+    monkeypatch.setattr(evo_fwd, "exclusive_carries", faulty)
+    monkeypatch.setattr(MODULE, "difference", spied)
+    v = jax.random.normal(jax.random.key(0), (1, 2, 130, 16), jnp.float32)
+    with pytest.warns(RuntimeWarning, match="rejects {'block_m': 32} for evo_forward.*off by"):
+        forward, _ = evo_jax.autotune(evo_gradient, v, jnp.ones(16)).rows
+    assert [launch for launch, _ in forward.rejected] == [wrong]
+    assert len(judged) == 2 and min(judged) >= 0 > v.min()
 
 
 def test_a_case_that_fails_costs_no_other(monkeypatch, capsys):

@@ -20,7 +20,7 @@ from cases import (
     LinearCase,
     attend_inputs,
 )
-from checks import TOLERANCE, actual_evo, assert_close, check_evo, evo_params
+from checks import TOLERANCE, actual_evo, assert_close, check_evo, evo_params, expected_evo
 from linear_checks import TOLERANCE as LINEAR_TOLERANCE
 from linear_checks import actual_linear, check_linear
 
@@ -35,12 +35,21 @@ pytestmark = pytest.mark.gpu
 # float32 products are TF32 x 3 (some 2^-21 per product, against 2^-24); the fp16 products are TF32, which rounds the
 # gate and the mean to fp16's own precision.
 GPU_TOLERANCE = {**TOLERANCE, "float32": (5e-5, 3e-3, 3e-3), "float16": (3e-3, 3e-2, 5e-2)}
-LONG = (EvoCase(4099, 64), EvoCase(4099, 128), EvoCase(4099, 80, mask="interior"), EvoCase(4099, 64, dtype="bfloat16"))
+LONG = (
+    *(EvoCase(4099, 64), EvoCase(4099, 128), EvoCase(4099, 80, mask="interior")),
+    *(EvoCase(4099, width, dtype="bfloat16", steady=True) for width in (64, 80, 128)),
+)
 
 
 @pytest.mark.parametrize("case", (*EVO_CASES, *LONG, EvoCase(300, 256)), ids=str)
 def test_evo_equals_oracle(case):
     check_evo(case, "triton", GPU_TOLERANCE)
+
+
+def test_long_output_of_bfloat16_equals_oracle():
+    """Of standard normal values, whose gradient is ill-conditioned at this length (cases.steady_values)."""
+    case = EvoCase(4099, 64, dtype="bfloat16")
+    assert_close("out", actual_evo(case, "triton")[0], expected_evo(case)[0], GPU_TOLERANCE["bfloat16"][0])
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
@@ -169,7 +178,8 @@ def test_float64_accumulation(x64):
     out = evo_jax.evo_attention(v, params, accum_dtype=jnp.float64, implementation="triton")
     wide = jax.tree.map(lambda a: a.astype("float64"), params)
     exact = evo_jax.evo_attention(v.astype("float64"), wide, implementation="reference")
-    assert np.linalg.norm(out - exact) <= 5e-5 * np.linalg.norm(exact)
+    assert out.dtype == jnp.float32
+    assert_close("out", out, exact, 5e-5)
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "int8"])

@@ -10,6 +10,7 @@ import pytest
 from cases import LENGTHS
 
 import evo_jax
+from pallas_kernels import tuned
 from reference.prefix_scan import prefix_sum_dense
 
 CASES = (
@@ -102,3 +103,80 @@ def test_nothing_past_the_end_is_read_or_written():
     x = jnp.ones((2, 70, 5)).at[1].set(jnp.nan)
     out = jax.jit(lambda x: evo_jax.prefix_sum(x, axis=1, implementation="interpret"))(x)
     np.testing.assert_array_equal(out[0], np.arange(1.0, 71)[:, None] * np.ones(5))
+
+
+def in_chunks(chunk, axis=1, **how):
+    """The kernel with short chunks, so that there are many."""
+
+    def run(x):
+        with tuned.override({"prefix": {"chunk": chunk, "block": 4}}):
+            return evo_jax.prefix_sum(x, axis=axis, implementation="interpret", **how)
+
+    return jax.jit(run)
+
+
+def kernels(run, x):
+    """The names of the Pallas kernels in the trace."""
+    return [
+        name
+        for name in ("prefix_single", "prefix_totals", "prefix_scan")
+        if f"name={name}\n" in str(run.trace(x).jaxpr)
+    ]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_float32_sums_take_a_single_pass(dtype):
+    assert kernels(in_chunks(16), jnp.ones((2, 100, 3), dtype)) == ["prefix_single"]
+    assert kernels(in_chunks(64), jnp.ones((2, 10, 3), dtype)) == ["prefix_scan"]
+
+
+def test_other_sums_and_very_many_chunks_take_two_passes(x64):
+    two = ["prefix_totals", "prefix_scan"]
+    assert kernels(in_chunks(16), jnp.ones((2, 100, 3), jnp.int32)) == two
+    assert kernels(in_chunks(16), jnp.ones((2, 100, 3), jnp.float64)) == two
+    assert kernels(in_chunks(1), jax.ShapeDtypeStruct((2, 64 * 64 + 1, 3), "float32")) == two
+    assert kernels(in_chunks(1), jax.ShapeDtypeStruct((2, 64 * 64, 3), "float32")) == ["prefix_single"]
+
+
+@pytest.mark.parametrize("reverse, exclusive", DIRECTIONS)
+@pytest.mark.parametrize(
+    ("shape", "axis", "chunk"),
+    [((2, 1999, 6), 1, 4), ((5, 1201), 1, 4), ((300, 5), 0, 16), ((1, 3000, 3), 1, 64)],
+    ids=str,
+)
+def test_many_chunks_and_spans_are_exact_on_small_integers(shape, axis, chunk, reverse, exclusive):
+    x = jax.random.randint(jax.random.key(0), shape, -9, 10).astype(jnp.float32)
+    out = in_chunks(chunk, axis, reverse=reverse, exclusive=exclusive)(x)
+    np.testing.assert_array_equal(out, summed(x, axis, reverse, exclusive, np.float64))
+
+
+@pytest.mark.parametrize("exclusive", [False, True])
+@pytest.mark.parametrize("value", [np.nan, -np.nan, np.inf, -np.inf])
+def test_what_is_not_finite_spreads_from_its_place_on_in_its_lane(value, exclusive):
+    x = jnp.ones((1, 700, 3)).at[0, 333, 1].set(value)
+    out = np.asarray(in_chunks(4, exclusive=exclusive)(x))[0]
+    first = 333 + exclusive
+    np.testing.assert_array_equal(out[first:, 1], np.full(700 - first, value))
+    expected = np.arange(700.0)[:, None] + np.full(3, not exclusive)
+    np.testing.assert_array_equal(out[:, [0, 2]], expected[:, [0, 2]])
+    np.testing.assert_array_equal(out[:first, 1], expected[:first, 1])
+
+
+def test_a_nan_with_the_bits_of_an_empty_word_is_not_waited_for():
+    x = jax.lax.bitcast_convert_type(jnp.full((1, 100, 2), -1, jnp.int32), jnp.float32)
+    assert np.isnan(in_chunks(4)(x)).all()
+
+
+def test_opposite_infinities_are_nan():
+    x = jnp.ones((1, 300, 1)).at[0, 50].set(jnp.inf).at[0, 200].set(-jnp.inf)
+    out = np.asarray(in_chunks(4)(x))[0, :, 0]
+    assert np.isfinite(out[:50]).all() and (out[50:200] == np.inf).all() and np.isnan(out[200:]).all()
+
+
+def test_many_chunks_vmapped_and_differentiated():
+    x = jax.random.randint(jax.random.key(0), (3, 150, 2, 2), -9, 10).astype(jnp.float32)
+    run = in_chunks(2, axis=0)
+    out = jax.jit(jax.vmap(jax.vmap(run, 2, 2)))(x)
+    np.testing.assert_array_equal(out, summed(x, 1, False, False, np.float64))
+    (grad,) = jax.jit(lambda x: jax.vjp(in_chunks(2), x)[1](x))(x)
+    np.testing.assert_array_equal(grad, summed(x, 1, True, False, np.float64))

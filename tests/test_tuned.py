@@ -59,7 +59,7 @@ def _pallas_calls(jaxpr):
 def test_an_override_launches_otherwise_and_sums_alike():
     expected, before = sum_of(X), grid_of(sum_of, X)
     with override({"prefix": {"chunk": 16, "block": 2}}):
-        assert grid_of(sum_of, X) == "(2, 7, 1)" != before == "(1, 2, 1)"
+        assert grid_of(sum_of, X) == "(2, 1, 7)" != before == "(1, 1, 2)"
         np.testing.assert_array_equal(sum_of(X), expected)
 
 
