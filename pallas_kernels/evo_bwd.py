@@ -24,10 +24,7 @@ from reference.evo import EvoParams
 
 SEGMENT_TOKENS = (4096, 65536)  # fewest (enough programs to fill a GPU) and most (temporaries), over all groups
 ROW_TILE = 4096  # elements of a tile of whole rows
-WEIGHT_CHUNKS = (
-    4,
-    16,
-)  # chunks that one program of a weight gradient sums, fewest (partial sums are read again) and most
+WEIGHT_CHUNKS = (4, 16)  # chunks that one program of a weight gradient sums: fewest and most
 
 
 class State(NamedTuple):
