@@ -11,7 +11,17 @@ import jax.numpy as jnp
 
 from pallas_kernels import _pallas as plk
 from pallas_kernels import evo_tile as t
-from pallas_kernels.evo_fwd import Inputs, Tables, final_gate, gates, load_v, local_of_v, q_of_query
+from pallas_kernels.evo_fwd import (
+    Inputs,
+    Tables,
+    context_of_v,
+    final_gate,
+    gate_of,
+    gate_of_mean,
+    load_v,
+    local_of_v,
+    q_of_query,
+)
 from pallas_kernels.evo_tile import Geometry
 
 
@@ -32,11 +42,13 @@ class Gate(NamedTuple):
 def gate_kernel(first: Any, inputs: Inputs, tables: Tables, _: Any, out: Gate, *, geo: Geometry) -> None:
     """The gate again, with the g and c it was made from."""
     block, _, chunk, rows = _tile_of(first, inputs, geo)
-    of = gates(inputs, tables, rows, chunk, block, geo)
-    t.store_tile(out.gate, rows.local, rows.inside, block, of.gate, geo)
-    if of.g is not None:
-        t.store_tile(out.g, rows.local, rows.inside, block, of.g, geo)
-    t.store_tile(out.context, rows.local, rows.inside, block, of.context, geo)
+    context, g = context_of_v(inputs, tables, rows, chunk, geo), None
+    if geo.causal:
+        g = gate_of_mean(inputs, rows, context, block, geo)
+        t.store_tile(out.g, rows.local, rows.inside, block, g, geo)
+    t.store_tile(out.context, rows.local, rows.inside, block, context(block), geo)
+    gate = gate_of(inputs, tables, rows, chunk, block, g, geo)
+    t.store_tile(out.gate, rows.local, rows.inside, block, gate, geo)
 
 
 def final_kernel(first: Any, inputs: Inputs, tables: Tables, gate: Any, out: Any, *, geo: Geometry) -> None:

@@ -163,34 +163,28 @@ def q_of_query(inputs: Inputs, rows: t.Rows, block: Any, geo: Geometry) -> jax.A
     return t.linear(tile_of, params.q_kernel, params.q_bias, block, geo)
 
 
-class Gates(NamedTuple):
-    """One column block of c, g and the gate."""
-
-    context: jax.Array
-    g: jax.Array | None  # None in the non-causal form, where it is a constant of the sequence
-    gate: jax.Array  # silu(r) * v
-
-
-def gates(inputs: Inputs, tables: Tables, rows: t.Rows, chunk: Any, block: Any, geo: Geometry) -> Gates:
-    """g and gate = silu(r) v of one column block, each product in its own loop: together they spill registers."""
-    context = context_of_v(inputs, tables, rows, chunk, geo)
-    g = gate_of_mean(inputs, rows, context, block, geo) if geo.causal else None
+def gate_of(
+    inputs: Inputs, tables: Tables, rows: t.Rows, chunk: Any, block: Any, g: jax.Array | None, geo: Geometry
+) -> jax.Array:
+    """One column block of the gate silu(r) v, from that of g (None in the non-causal form, where it is constant)."""
     v = load_v(inputs, rows, block, geo)
     gated = t.prefix(tables.gated, chunk, block, v if g is None else g * v, geo).astype(jnp.float32)
     denominator = jnp.abs(gated) + jnp.abs(local_of_v(inputs, rows, block, geo)) + t.DEN_EPS
     ratio = q_of_query(inputs, rows, block, geo) * plk.reciprocal(denominator)
-    return Gates(context(block), g, ratio * t.sigmoid(ratio) * v)
+    return ratio * t.sigmoid(ratio) * v
 
 
 def _output_kernel(inputs: Inputs, tables: Tables, out_ref: Any, *, geo: Geometry) -> None:
     """Pass C where one block holds a whole row: gate, final gate, LayerNorm, one write."""
     chunk = plk.program_id(1)
     rows = t.chunk_rows(inputs.rows, chunk, geo)
-    of = gates(inputs, tables, rows, chunk, 0, geo)
-    final = t.dot(of.gate, t.load_weight(inputs.params.final_kernel, 0, 0, geo), geo)
+    context = context_of_v(inputs, tables, rows, chunk, geo)
+    g = gate_of_mean(inputs, rows, context, 0, geo) if geo.causal else None
+    gate = gate_of(inputs, tables, rows, chunk, 0, g, geo)
+    final = t.dot(gate, t.load_weight(inputs.params.final_kernel, 0, 0, geo), geo)
     final = t.sigmoid(final + t.load_columns(inputs.params.final_bias, 0, geo)[None, :])
     _, ok = t.columns(0, geo)
-    y = jnp.where(rows.live[:, None] & ok[None, :], final * of.context.astype(jnp.float32), 0.0)
+    y = jnp.where(rows.live[:, None] & ok[None, :], final * context(0).astype(jnp.float32), 0.0)
     x_hat, _ = t.normalise(y, geo.width, ok)
     store_normalised(inputs, rows, [(0, x_hat)], out_ref, geo)
 
@@ -209,8 +203,8 @@ def _gate_kernel(inputs: Inputs, tables: Tables, gate_ref: Any, *, geo: Geometry
     """Pass C1 of wide rows: one column block of the gate."""
     block, chunk = plk.program_id(0), plk.program_id(1)
     rows = t.chunk_rows(inputs.rows, chunk, geo)
-    of = gates(inputs, tables, rows, chunk, block, geo)
-    t.store_tile(gate_ref, rows.index, rows.inside, block, of.gate, geo)
+    g = gate_of_mean(inputs, rows, context_of_v(inputs, tables, rows, chunk, geo), block, geo) if geo.causal else None
+    t.store_tile(gate_ref, rows.index, rows.inside, block, gate_of(inputs, tables, rows, chunk, block, g, geo), geo)
 
 
 def _final_kernel(inputs: Inputs, gate_ref: Any, final_ref: Any, *, geo: Geometry) -> None:

@@ -324,7 +324,6 @@ _HOPPER: dict[str, dict[str, dict[int, tuple[int, int, int, int, int, bool]]]] =
         "forward": {64: (64, 64, 4, 1, 32, False), 128: (64, 32, 4, 1, 32, False)},
         "d_query": {64: (64, 64, 4, 1, 64, False), 128: (64, 32, 4, 1, 64, True)},
         "d_query blocks": {64: (64, 32, 4, 1, 64, False), 128: (64, 32, 4, 1, 64, True)},
-        "d_key_value": {64: (32, 64, 4, 1, 64, False)},
-        "d_key_value blocks": {64: (32, 128, 8, 1, 64, False)},
+        "d_key_value": {64: (32, 128, 8, 1, 64, False)},
     },
 }
