@@ -12,7 +12,21 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from benchmarks import contenders, decoding, layers, measure, peak, problems, run, shapes, suites, tables, timing
+from benchmarks import (
+    contenders,
+    decoding,
+    kernel_times,
+    layers,
+    live_tiles,
+    measure,
+    peak,
+    problems,
+    run,
+    shapes,
+    suites,
+    tables,
+    timing,
+)
 from benchmarks.measure import Case, Effort
 from benchmarks.run import main
 from benchmarks.shapes import Shape
@@ -363,6 +377,28 @@ def test_originals_take_part_where_their_folder_is_given(tmp_path, monkeypatch):
     restated = measure.measure(suites.case("sparse_layer", SMALL, False), QUICK, {})["contenders"]
     assert [entry["status"] for entry in restated.values()] == ["ok", "ok"]
     assert set(layers.LAYERS) < set(suites.OPS)
+
+
+@pytest.mark.parametrize("kind", live_tiles.PATTERNS)
+@pytest.mark.parametrize("size", [(64, 64), (128, 32)])
+def test_live_tiles_are_those_that_hold_a_visible_pair(kind, size):
+    shape, mask = Shape(1, 2, 2048, 16), Mask(live_tiles.PATTERNS[kind])
+    seen = np.asarray(allowed(mask, (1, 2, 2048, 2048), 2)[0])
+    held = np.broadcast_to(seen, (2, 2048, 2048)).reshape(2, 2048 // size[0], size[0], 2048 // size[1], size[1])
+    assert live_tiles.tiles(kind, shape, size) == held.any((2, 4)).sum()
+
+
+@pytest.mark.parametrize("module", [kernel_times, live_tiles])
+def test_what_needs_a_gpu_says_so(module, capsys):
+    assert module.main([]) == 1
+    assert capsys.readouterr().err == f"{module.__name__.split('.')[-1]}: JAX sees no GPU\n"
+
+
+def test_other_launches_are_read_from_the_command_line(capsys):
+    assert kernel_times._launch("prefix:chunk=64,block=32") == ("prefix", {"chunk": 64, "block": 32})
+    with pytest.raises(SystemExit):
+        kernel_times.main(["--launch", "prefix:chunk"])
+    assert "'prefix:chunk' is not KERNEL:FIELD=N,..." in capsys.readouterr().err
 
 
 def test_peers_can_be_chosen():

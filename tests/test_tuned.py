@@ -252,3 +252,23 @@ def test_lengths_share_a_key_up_to_a_power_of_two():
 
 def test_every_kernel_may_choose_fields_that_its_launch_has():
     assert set(tuned.fields_of(KEY, DEFAULT)) == set(tuned.KERNELS["attend_forward"])
+
+
+def test_default_launches_are_those_of_the_gpu_that_is_compiled_for():
+    """Hopper's own for a GPU of capability 9; anywhere else, and where none is known, those that fit every GPU."""
+    q = jax.ShapeDtypeStruct((1, 256, 2, 64), jnp.bfloat16)
+
+    def chosen():
+        with recording() as launches:
+            jax.eval_shape(lambda q: evo_jax.flash_attention(q, q, q, implementation="triton"), q)
+        (launch,) = (choice.launch for choice in launches.values())
+        return launch
+
+    general = attend_launch("forward", 64, "bf16", interpret=False)
+    assert chosen() == general
+    with override(capability=(8, 0)):
+        assert chosen() == general
+    with override(capability=(9, 0)):
+        assert chosen() == attend_launch("forward", 64, "bf16", interpret=False, hopper=True) != general
+        with override({"attend_forward": {"num_warps": 8}}):
+            assert chosen().num_warps == 8 and chosen().num_stages == 3
