@@ -1,6 +1,7 @@
 """Forward and backward of linear attention as sequences of walks (linear_walk.py), and the states between segments."""
 
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -47,15 +48,17 @@ class Plan:
         own = {"block_m": self.block, "num_warps": self.num_warps, "num_stages": self.num_stages}
         plain = inputs.rows is None and inputs.query.shape[2] == inputs.key.shape[2]
         plain = plain and self.spec.feature_map != "softmax"
-        default = linear_launch(
-            width,
-            self.dots(inputs).precision,
+        rule = partial(
+            linear_launch,
+            precision=self.dots(inputs).precision,
             plain=plain,
             causal=self.spec.causal,
             interpret=self.interpret,
             backward=self.kernel == "linear_backward",
             hopper=tuned.for_hopper(),
         )
+        chunk = min(rule(x.shape[3]).block_m for x in (inputs.key, inputs.value))
+        default = replace(rule(width), block_m=chunk)
         return tuned.choose(self.key(self.kernel, inputs, plain), default, own)
 
     def key(self, kernel: str, inputs: Inputs, plain: bool = True) -> tuned.Key:

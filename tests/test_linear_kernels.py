@@ -11,7 +11,7 @@ from cases import LINEAR_CASES, LinearCase, linear_inputs
 from checks import assert_close
 from linear_checks import actual_linear, check_linear, expected_linear, spec_of
 
-from pallas_kernels import launch
+from pallas_kernels import launch, tuned
 from pallas_kernels.launch import linear_segments
 from pallas_kernels.linear import linear, refusal
 from reference.linear import LinearSpec, LinearState, linear_dense
@@ -52,6 +52,15 @@ def test_one_segment_equals_oracle(case, monkeypatch):
     """Many chunks in a single walk: the state never leaves the registers."""
     monkeypatch.setattr(launch, "FILLED", 1)
     check_linear(case, "interpret", block=16)
+
+
+@pytest.mark.parametrize("capability", [None, (9, 0)])
+@pytest.mark.parametrize("widths", [(64, 144), (144, 64)], ids=str)
+def test_walks_of_rows_of_other_widths_have_one_chunk(widths, capability):
+    """Each width by itself would have another one, by default, and segments would not join."""
+    case = LinearCase(300, widths[0], value_width=widths[1], heads=(1, 1), batch=1)
+    with tuned.override(capability=capability):
+        check_linear(case, "interpret")
 
 
 @pytest.mark.parametrize("filled", [1, 1000], ids="filled_{}".format)
