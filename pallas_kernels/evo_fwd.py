@@ -49,7 +49,7 @@ def forward(inputs: Inputs, carry: Tables | None, geo: Geometry) -> tuple[jax.Ar
         return _launch("evo_output", _output_kernel, inputs, tables, out_type, geo), tables, last
     gate_type = jax.ShapeDtypeStruct(inputs.v.shape, geo.dot_dtype)
     gate = _launch("evo_gate", _gate_kernel, inputs, tables, gate_type, geo)
-    if geo.dot_precision == "tf32x3" and geo.width > 128:  # beside rows this wide, split products would spill registers
+    if geo.dot_dtype == "float32" and geo.width > 128:  # beside rows this wide, its products would spill registers
         final = _launch("evo_final", _final_kernel, inputs, gate, gate_type, geo)
         return _norm(inputs, tables, final, geo, final=True), tables, last
     return _norm(inputs, tables, gate, geo), tables, last

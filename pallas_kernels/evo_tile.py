@@ -132,7 +132,7 @@ def prefix(carry_ref: Any, chunk: Any, block: Any, tile: jax.Array, geo: Geometr
     carry = load_carry(carry_ref, chunk, block, geo)[None, :]
     if not geo.causal:
         return jnp.broadcast_to(carry, tile.shape)
-    if geo.dot_dtype == "bfloat16" and geo.accum == "float32":
+    if geo.dot_dtype == "bfloat16" and geo.accum == "float32" and geo.width <= 128:  # wider rows would spill on A100
         return carry + _sums_down(tile, exact, geo)
     return carry + jnp.cumsum(tile.astype(geo.accum), axis=0)
 
