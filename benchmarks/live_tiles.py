@@ -18,7 +18,7 @@ import jax
 
 import evo_jax
 from benchmarks.contenders import compiled_contender
-from benchmarks.problems import Problem, problem, results
+from benchmarks.problems import Problem, problem, results, visible
 from benchmarks.run import environment
 from benchmarks.shapes import Shape
 from benchmarks.timing import errors_of, fault_of, interleave, spread
@@ -45,9 +45,8 @@ def tiles(kind: str, shape: Shape, size: tuple[int, int]) -> int:
     """How many tiles of `size` queries and keys all heads visit."""
     tiling = Tiling(1, shape.heads, shape.heads, shape.length, shape.length, *size)
     visits = key_visits(Mask(PATTERNS[kind]), tiling)
-    first, _, _, end = (visits.bounds[..., n] for n in range(4))
-    near, far = (end - first).sum() * (shape.heads // (end - first).shape[1]), visits.counts.sum()
-    return int(near + far * (shape.heads // max(visits.counts.shape[0], 1) if far else 0))
+    near = visits.bounds[0, ..., 3] - visits.bounds[0, ..., 0]  # of each head, or of all alike
+    return int(sum(shape.heads // len(x) * x.sum() for x in (near, visits.counts)))
 
 
 def row(kind: str, shape: Shape, gradient: bool, rounds: int, seconds: float) -> dict[str, Any]:
@@ -69,22 +68,16 @@ def row(kind: str, shape: Shape, gradient: bool, rounds: int, seconds: float) ->
         return found
     for name, samples in interleave(right, rounds, 1, seconds).items():
         entries[name] |= {"median_s": statistics.median(samples), "spread": spread(samples), "samples_s": samples}
-    live = {"pairs": tiles(kind, shape, (1, 1)) if kind != "sparse" else _pairs(shape), "tiles": 0}
-    dense = {"pairs": shape.heads * shape.length * (shape.length + 1) // 2}
-    live["tiles"], dense["tiles"] = (tiles(name, shape, sizes[name]) for name in (kind, "dense"))
-    areas = {name: size[0] * size[1] for name, size in sizes.items()}
-    shares = {
-        "pairs": live["pairs"] / dense["pairs"],
-        "tiles": live["tiles"] * areas[kind] / (dense["tiles"] * areas["dense"]),
-        "time": entries[kind]["median_s"] / entries["dense"]["median_s"],
-    }
+    pairs = {name: _pairs(name, shape) for name in sizes}
+    covered = {name: tiles(name, shape, size) * size[0] * size[1] for name, size in sizes.items()}
+    took = {name: entry["median_s"] for name, entry in entries.items()}
+    shares = {what: x[kind] / x["dense"] for what, x in (("pairs", pairs), ("tiles", covered), ("time", took))}
     return found | {"tile": sizes, "share": shares}
 
 
-def _pairs(shape: Shape) -> int:
-    from benchmarks.problems import visible
-
-    return int(visible("sparse", shape).sum())
+def _pairs(kind: str, shape: Shape) -> int:
+    """How many pairs of tokens all heads see; only scattered ones need looking at."""
+    return int(visible("sparse", shape).sum()) if kind == "sparse" else tiles(kind, shape, (1, 1))
 
 
 def _call(name: str, given: Problem, how: str) -> Callable[..., Any]:

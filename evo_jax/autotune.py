@@ -70,7 +70,8 @@ def autotune(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> TuneReport:
     `fn` is traced and compiled as jax.jit would, once for each candidate, so a single operation with its gradient is a
     better argument than a training step. Array arguments may be jax.ShapeDtypeStruct: then they are drawn. All are put
     on the first CUDA device, wherever they lie. One kernel is tuned after the other; a candidate counts only if its
-    results are the default's, up to rounding. Where no candidates were compiled beforehand for just this kernel, dtype,
+    results are the default's, up to rounding; EvoAttention's are judged on positive values, where it is
+    well-conditioned. Where no candidates were compiled beforehand for just this kernel, dtype,
     mask and architecture, the nearest are tried; EVO_AUTOTUNE=1 leaves the default there.
 
     What is found holds for this device, these dtypes and head widths, lengths up to the next power of two, and this
@@ -178,10 +179,9 @@ def _tune_key(
 
 
 def _compiled(call: Call, arrays: list[Any], launches: dict[Any, Fields], pool: Executor) -> Callable[..., Any]:
-    """call(arrays), traced here and compiled in `pool`, where compilers let each other run; raises what they raise.
+    """call(arrays), traced here and compiled in `pool`, where compilers let each other run.
 
-    The function returned takes other arrays of the same types, or none for these.
-
+    The function returned takes other arrays of the same types, or none for these, and raises what the compiler did.
     Kernels that are not among `launches` run as they would for the caller, from what is stored.
     """
     try:

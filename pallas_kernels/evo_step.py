@@ -114,16 +114,17 @@ def _add_block(moments: tuple[jax.Array, jax.Array], y: jax.Array, ok: jax.Array
 def _gate(inputs: Inputs, carry: Tables, rows: t.Rows, block: Any, new: Tables, geo: Geometry) -> jax.Array:
     """One column block of silu(r) v, in the dtype of the dot products; writes that of both carries."""
     params, query = inputs.params, inputs.v if inputs.query is None else inputs.query
+    exact = geo.dot_dtype == "bfloat16"  # TF32 keeps float16's bits; two of its products would spill
 
     def step(k: Any, sums: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
         v = load_v(inputs, rows, k, geo)
-        mean = _after(carry.context, rows, k, v, geo) / rows.count.astype(geo.accum)[:, None]
-        tiles = (mean.astype(jnp.float32), v, t.load_tile(query, rows.index, rows.used, k, geo))
-        kernels = (params.gate_kernel, params.local_kernel, params.q_kernel)
-        return tuple(
-            total + t.dot(tile, t.load_weight(kernel, k, block, geo), geo)
-            for total, tile, kernel in zip(sums, tiles, kernels, strict=True)
-        )
+        mean = (_after(carry.context, rows, k, v, geo) / rows.count.astype(geo.accum)[:, None]).astype(jnp.float32)
+        q = t.load_tile(query, rows.index, rows.used, k, geo)
+        gate, local, own = sums
+        kernel = t.load_weight(params.gate_kernel, k, block, geo)
+        gate = t.exact_dot(mean, kernel, geo, gate) if exact else gate + t.dot(mean, kernel, geo)
+        local = local + t.dot(v, t.load_weight(params.local_kernel, k, block, geo), geo)
+        return gate, local, own + t.dot(q, t.load_weight(params.q_kernel, k, block, geo), geo)
 
     sums = t.over_blocks(step, (t.zeros(geo),) * 3, geo)
     biases = (params.gate_bias, params.local_bias, params.q_bias)

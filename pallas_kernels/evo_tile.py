@@ -2,6 +2,8 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import reduce
+from operator import add
 from typing import Any
 
 import jax
@@ -138,19 +140,13 @@ def prefix(carry_ref: Any, chunk: Any, block: Any, tile: jax.Array, geo: Geometr
 
 
 def _sums_down(tile: jax.Array, exact: bool, geo: Geometry) -> jax.Array:
-    """Running sums down the rows by a product with a triangle of ones, whose operands are three parts of the values.
+    """Running sums down the rows by a product with a triangle of ones; a scan takes twice the instructions.
 
-    Three bfloat16 hold a float32; of values that are bfloat16, as an `exact` tile's are, one does. A scan takes twice
-    the instructions. What is not finite shows in all rows of the tile.
+    Three parts of 8 bits are all of a float32; one is, of an `exact` tile. What is not finite shows in all rows.
     """
     place = plk.arange(geo.chunk)
     ones = (place[:, None] >= place[None, :]).astype(jnp.float32)
-    high = _leading(tile, geo)
-    sums = dot(ones, high, geo)
-    if exact:
-        return sums
-    middle = _leading(tile - high, geo)
-    return sums + (dot(ones, middle, geo) + dot(ones, tile - high - middle, geo))
+    return reduce(add, reversed([dot(ones, part, geo) for part in _parts(tile, 1 if exact else 3, geo)]))
 
 
 def dot(a: jax.Array, b: jax.Array, geo: Geometry, contract: tuple[int, int] = (1, 0)) -> jax.Array:
@@ -192,26 +188,32 @@ def linear(
 ) -> jax.Array:
     """(C, w) column block of a @ kernel + bias, where `tile_of(k)` is column block k of a.
 
-    `exact`: of a as it is in float32, by two products, where the dot products' dtype would round it.
+    `exact`: of a as it is in float32 (exact_dot).
     """
 
     def step(k: Any, acc: jax.Array) -> jax.Array:
         a, b = tile_of(k), load_weight(kernel, k, block, geo)
-        if exact and geo.dot_precision != "tf32x3":
-            high = _leading(a, geo)
-            return acc + dot(high, b, geo) + dot(a - high, b, geo)
-        return acc + dot(a, b, geo)
+        return exact_dot(a, b, geo, acc) if exact else acc + dot(a, b, geo)
 
     return over_blocks(step, zeros(geo), geo) + load_columns(bias, block, geo)[None, :]
 
 
-def _leading(a: jax.Array, geo: Geometry) -> jax.Array:
-    """The bits of float32 values that the dot products take as they are: 8 of bfloat16, or 11 of TF32.
+def exact_dot(a: jax.Array, b: jax.Array, geo: Geometry, acc: jax.Array) -> jax.Array:
+    """acc + a @ b of a float32 `a` to 16 bits or more; one product would round it to the dot products' 8 or 11."""
+    parts = [a] if geo.dot_precision == "tf32x3" else _parts(a, 2, geo)
+    return reduce(lambda sums, part: sums + dot(part, b, geo), parts, acc)
 
-    Cut off, not rounded: a GPU converts single numbers as slowly as it takes exponentials.
+
+def _parts(a: jax.Array, count: int, geo: Geometry) -> list[jax.Array]:
+    """float32 values as sums of so many, each but the last of as many bits as dot products take: 8, or TF32's 11.
+
+    Bits are cut off, not rounded: a GPU converts single numbers as slowly as it takes exponentials.
     """
-    bits = lax.bitcast_convert_type(a, jnp.int32) & jnp.int32(-(2**16) if geo.dot_dtype == "bfloat16" else -(2**13))
-    return lax.bitcast_convert_type(bits, jnp.float32)
+    parts, mask = [], jnp.int32(-(2**16) if geo.dot_dtype == "bfloat16" else -(2**13))
+    for _ in range(count - 1):
+        high = lax.bitcast_convert_type(lax.bitcast_convert_type(a, jnp.int32) & mask, jnp.float32)
+        parts, a = [*parts, high], a - high
+    return [*parts, a]
 
 
 def linear_transposed(tile_of: Callable[[Any], jax.Array], kernel: Any, block: Any, geo: Geometry) -> jax.Array:

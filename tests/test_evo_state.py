@@ -101,7 +101,7 @@ def check(shape, dtype, tolerances, own_query=False, mask=None, pieces=PIECES, s
     ):
         assert_close(name, actual, right, tolerance)
         if steady and name in ("out", "v"):
-            assert_rows_close(name, actual, right, tolerance)
+            assert_rows_close(name, actual, right, STEADY)
 
 
 @pytest.mark.parametrize("semantics", ["padding", "multiply"])
@@ -128,7 +128,7 @@ def test_compiled_kernels_by_pieces_equal_the_whole(width, dtype):
     """On the device: a step, many chunks, and steps of 24 rows; TF32 x 3 for float32, steady values for bfloat16."""
     mask = (np.arange(600) * 7) % 10 < np.array([[9], [5]])
     steady, pieces = dtype == "bfloat16", (1, 300, 297, 1, 1)
-    tolerances = (STEADY, STEADY) if steady else (5e-5, 3e-3)
+    tolerances = (5e-3, STEADY) if steady else (5e-5, 3e-3)
     check((2, 12, 600, width), dtype, tolerances, True, mask, pieces, steady, implementation="triton")
 
 

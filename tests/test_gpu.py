@@ -33,7 +33,7 @@ from reference.dense import attend_dense
 pytestmark = pytest.mark.gpu
 
 # float32 products are TF32 x 3 (some 2^-21 per product, against 2^-24); the fp16 products are TF32, which rounds the
-# gate and the mean to fp16's own precision.
+# gate to fp16's own precision.
 GPU_TOLERANCE = {**TOLERANCE, "float32": (5e-5, 3e-3, 3e-3), "float16": (3e-3, 3e-2, 5e-2)}
 LONG = (
     *(EvoCase(4099, 64), EvoCase(4099, 128), EvoCase(4099, 80, mask="interior")),
