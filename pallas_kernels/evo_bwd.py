@@ -4,7 +4,8 @@ With s' the gradient of s, and suffix sums written D: z_f, z_q, z_l, z_g are the
     c' = y' f + (z_g W_g^T) / t,  S' = den' sign(S),  D_S = suffix(S'),  D_c = suffix(c')
     v' = gate' silu(r) + z_q W_q^T + z_l W_l^T + D_S g + D_c,  z_g = D_S v g (1 - g)
 Both suffix sums are carried from the end, across chunks and segments. Sums over tokens run in a fixed order, without
-atomics, so a rerun gives the same bits. Segments bound the temporaries: about a sixteenth of the tokens are at work.
+atomics, so a rerun gives the same bits: each program of a segment adds to parts of its own, which are summed at the
+end. Segments bound the temporaries: a sixteenth of the tokens, or the few that fill a GPU, are at work.
 """
 
 from dataclasses import replace
@@ -22,7 +23,7 @@ from pallas_kernels.launch import FILLED
 from pallas_kernels.prefix_scan import exclusive_carries
 from reference.evo import EvoParams
 
-SEGMENT_TOKENS = (4096, 65536)  # fewest (enough programs to fill a GPU) and most (temporaries), over all groups
+SEGMENT_TOKENS = (16384, 65536)  # fewest (at 64 columns, 256 programs fill a GPU) and most (temporaries), in all groups
 ROW_TILE = 4096  # elements of a tile of whole rows
 WEIGHT_CHUNKS = (4, 16)  # chunks that one program of a weight gradient sums: fewest and most
 
@@ -34,7 +35,7 @@ class State(NamedTuple):
     context: jax.Array  # (G, D) sum of c' over them
     v: jax.Array  # (G, L, D) gradient, written in place
     query: jax.Array | None
-    params: EvoParams  # float32 sums
+    params: EvoParams  # float32 parts, (G, programs, *p.shape): of each program, over all segments so far
 
 
 def backward(inputs: Inputs, tables: Tables, d_out: jax.Array, d_last: Tables | None, geo: Geometry) -> State:
@@ -46,20 +47,22 @@ def backward(inputs: Inputs, tables: Tables, d_out: jax.Array, d_last: Tables | 
     groups, _, width = inputs.v.shape
     chunks = segment_chunks(groups, inputs.v.dtype.itemsize, geo)
     segments = -(-geo.chunks // chunks)
+
+    def segment(i: Any) -> _Segment:
+        first = jnp.full((1,), (segments - 1 - i) * chunks, jnp.int32)
+        return _Segment(first, chunks, inputs, tables, d_out, geo)
+
     zeros = jnp.zeros((groups, width), geo.accum)
     state = State(
         zeros if d_last is None else d_last.gated,
         zeros if d_last is None else d_last.context,
         jnp.zeros_like(inputs.v),
         None if inputs.query is None else jnp.zeros_like(inputs.query),
-        EvoParams(*(jnp.zeros(p.shape, jnp.float32) for p in inputs.params)),
+        segment(0).no_params(),
     )
-
-    def step(i: Any, state: State) -> State:
-        first = jnp.full((1,), (segments - 1 - i) * chunks, jnp.int32)
-        return _Segment(first, chunks, inputs, tables, d_out, geo).run(state)
-
+    step = lambda i, state: segment(i).run(state)  # noqa: E731
     state = step(0, state) if segments == 1 else jax.lax.fori_loop(0, segments, step, state)
+    state = state._replace(params=EvoParams(*(parts.sum((0, 1)) for parts in state.params)))
     if not geo.causal:
         state = _through_totals(state, inputs, tables, geo)
     return state
@@ -95,29 +98,39 @@ class _Segment(NamedTuple):
 
     def run(self, state: State) -> State:
         """The passes, from the output back to v."""
-        geo, query = self.geo, state.query
+        geo, query, old = self.geo, state.query, state.params
         g_type = self._rows("float32") if geo.causal else None
         gate_types = k.Gate(self._rows(geo.dot_dtype), g_type, self._rows("float32"))
         gate = self._launch("gate", k.gate_kernel, None, gate_types)
         final = self._launch("final", k.final_kernel, gate.gate, self._rows("float32"))
-        norm = self._norm(final, gate.context)
+        norm = self._norm(final, gate.context, old)
         warps = 8 if geo.block == 64 else None  # with four it spills
-        ratio = self._launch("ratio", k.ratio_kernel, (norm.z_final, gate.g), self._ratio_types(), warps=warps)
+        extras, in_place = (norm.z_final, gate.g, old.q_bias, old.local_bias), [(old.q_bias, 5), (old.local_bias, 6)]
+        ratio = self._launch("ratio", k.ratio_kernel, extras, self._ratio_types(), in_place, warps)
         d_v, after, gated = ratio.d_v, state.gated + ratio.gated_sums.sum(1), None
         if geo.causal:
             carries = _suffix_carries(ratio.gated_sums, state.gated)
             gated_types = k.Gated(self._rows(geo.dot_dtype), self._rows("float32"), self._sums())
-            gated = self._launch(
-                "gated", k.gated_kernel, (carries, ratio.d_gated, d_v, gate.g), gated_types, in_place=[(d_v, 1)]
-            )
+            extras, in_place = (carries, ratio.d_gated, d_v, gate.g, old.gate_bias), [(d_v, 1), (old.gate_bias, 2)]
+            gated = self._launch("gated", k.gated_kernel, extras, gated_types, in_place)
             d_v = gated.d_v
         linear = self._linear(ratio, gated, norm.d_context, d_v, query)
         carries = _suffix_carries(linear.context_sums, state.context)
         new_v = self._launch(
             "v", k.v_kernel, (carries, linear.d_context, linear.d_v, state.v), _type(state.v), in_place=[(state.v, 0)]
         )
-        params = jax.tree.map(jnp.add, state.params, self._params(gate, norm, ratio, gated))
+        params = self._params(old, gate, norm, ratio, gated)
         return State(after, state.context + linear.context_sums.sum(1), new_v, linear.d_query, params)
+
+    def no_params(self) -> EvoParams:
+        """The parts of every program before the first segment, zeros."""
+        shapes = EvoParams(*(self._weight_shape() if p.ndim == 2 else self._sums().shape for p in self.inputs.params))
+        of_norm = self._finer()._sums().shape
+        shapes = shapes._replace(final_bias=of_norm, norm_scale=of_norm, norm_bias=of_norm)
+        if not self.geo.causal:  # the gate's come from _through_totals alone
+            width = self.geo.width
+            shapes = shapes._replace(gate_kernel=(1, 1, width, width), gate_bias=(1, 1, width))
+        return EvoParams(*(jnp.zeros(shape, jnp.float32) for shape in shapes))
 
     def _linear(self, ratio: k.Ratio, gated: k.Gated | None, d_context: Any, d_v: Any, query: Any) -> k.Linear:
         types = k.Linear(self._rows("float32"), self._rows("float32"), self._sums(self.geo.accum), _type(query))
@@ -126,65 +139,73 @@ class _Segment(NamedTuple):
         extras = (ratio.z_q, ratio.z_local, z_gate, d_context, d_v, query)
         return self._launch("linear", k.linear_kernel, extras, types, in_place=in_place)
 
-    def _norm(self, final: jax.Array, context: jax.Array) -> k.Norm:
+    def _finer(self) -> "_Segment":
         """Whole rows in one tile, fewer of them: LayerNorm needs a row, and no dot product needs a power of two."""
         width = max(16, 1 << (self.geo.width - 1).bit_length())
         rows = min(self.geo.chunk, max(16, ROW_TILE // width))
         steps = self.geo.chunk // rows
         geo = replace(self.geo, launch=replace(self.geo.launch, block_m=rows, block_d=width))
-        finer = self._replace(first=self.first * steps, chunks=self.chunks * steps, geo=geo)
-        sums = finer._sums()
-        types = k.Norm(finer._rows(geo.dot_dtype), finer._rows("float32"), sums, sums, sums)
-        return finer._launch("norm", k.norm_kernel, (self.d_out, final, context), types)
+        return self._replace(first=self.first * steps, chunks=self.chunks * steps, geo=geo)
+
+    def _norm(self, final: jax.Array, context: jax.Array, old: EvoParams) -> k.Norm:
+        finer, parts = self._finer(), (old.final_bias, old.norm_scale, old.norm_bias)
+        types = k.Norm(finer._rows(self.geo.dot_dtype), finer._rows("float32"), *(finer._sums() for _ in parts))
+        in_place = [(array, 2 + i) for i, array in enumerate(parts)]
+        return finer._launch("norm", k.norm_kernel, (self.d_out, final, context, parts), types, in_place)
 
     def _ratio_types(self) -> k.Ratio:
         z, rows, sums = self._rows(self.geo.dot_dtype), self._rows("float32"), self._sums()
         return k.Ratio(z, z, rows, rows, self._sums(self.geo.accum), sums, sums)
 
-    def _params(self, gate: k.Gate, norm: k.Norm, ratio: k.Ratio, gated: k.Gated | None) -> EvoParams:
-        """Gradients of the parameters from this segment; those of the gate are 0 here where it is not causal."""
-        inputs, of = self.inputs, EvoParams(*(jnp.zeros(p.shape, jnp.float32) for p in self.inputs.params))
-        query = inputs.v if inputs.query is None else inputs.query
+    def _params(self, old: EvoParams, gate: k.Gate, norm: k.Norm, ratio: k.Ratio, gated: k.Gated | None) -> EvoParams:
+        """The parts of the parameters' gradients with this segment's; those of the gate only where it is causal."""
+        query = self.inputs.v if self.inputs.query is None else self.inputs.query
         if gated is not None:
-            of = of._replace(
-                gate_kernel=self._weight(gate.context, gated.z_gate, k.Factor(in_segment=True, is_context=True)),
-                gate_bias=gated.gate_bias.sum((0, 1)),
+            factor = k.Factor(in_segment=True, is_context=True)
+            old = old._replace(
+                gate_kernel=self._weight(gate.context, gated.z_gate, factor, old.gate_kernel),
+                gate_bias=gated.gate_bias,
             )
-        return of._replace(
-            q_kernel=self._weight(query, ratio.z_q, k.Factor()),
-            q_bias=ratio.q_bias.sum((0, 1)),
-            local_kernel=self._weight(inputs.v, ratio.z_local, k.Factor()),
-            local_bias=ratio.local_bias.sum((0, 1)),
-            final_kernel=self._weight(gate.gate, norm.z_final, k.Factor(in_segment=True)),
-            final_bias=norm.final_bias.sum((0, 1)),
-            norm_scale=norm.norm_scale.sum((0, 1)),
-            norm_bias=norm.norm_bias.sum((0, 1)),
+        return old._replace(
+            q_kernel=self._weight(query, ratio.z_q, k.Factor(), old.q_kernel),
+            q_bias=ratio.q_bias,
+            local_kernel=self._weight(self.inputs.v, ratio.z_local, k.Factor(), old.local_kernel),
+            local_bias=ratio.local_bias,
+            final_kernel=self._weight(gate.gate, norm.z_final, k.Factor(in_segment=True), old.final_kernel),
+            final_bias=norm.final_bias,
+            norm_scale=norm.norm_scale,
+            norm_bias=norm.norm_bias,
         )
 
-    def _weight(self, x: jax.Array, z: jax.Array, factor: k.Factor) -> jax.Array:
-        """x^T z over the segment: one register block per program, partial sums added in a fixed order."""
-        geo = self.geo
-        if geo.dot_dtype == "bfloat16" and geo.width % 64 == 0:  # two operands and one accumulator: room for 64 columns
-            geo = replace(geo, launch=replace(geo.launch, block_d=64))
-        chunks = weight_chunks(self.chunks, geo.blocks**2 * x.shape[0])
-        parts = -(-self.chunks // chunks)
-        out = jax.ShapeDtypeStruct((x.shape[0], parts, geo.width, geo.width), jnp.float32)
-        kernel = partial(k.weight_kernel, factor=factor, split=(self.chunks, chunks), geo=geo)
-        partial_sums = plk.call(
-            kernel,
+    def _weight_geometry(self) -> Geometry:
+        if self.geo.dot_dtype == "bfloat16" and self.geo.width % 64 == 0:  # two operands and one accumulator: room
+            return replace(self.geo, launch=replace(self.geo.launch, block_d=64))
+        return self.geo
+
+    def _weight_chunks(self) -> int:
+        return weight_chunks(self.chunks, self._weight_geometry().blocks ** 2 * self.inputs.v.shape[0])
+
+    def _weight_shape(self) -> tuple[int, ...]:
+        return self.inputs.v.shape[0], -(-self.chunks // self._weight_chunks()), self.geo.width, self.geo.width
+
+    def _weight(self, x: jax.Array, z: jax.Array, factor: k.Factor, old: jax.Array) -> jax.Array:
+        """old + x^T z over the segment: one register block per program."""
+        geo, out, extras = self._weight_geometry(), jax.ShapeDtypeStruct(old.shape, old.dtype), (x, z, old)
+        return plk.call(
+            partial(k.weight_kernel, factor=factor, split=(self.chunks, self._weight_chunks()), geo=geo),
             self.first,
             self.inputs,
-            (x, z),
+            extras,
             name="evo_bwd_weight",
-            grid=(geo.blocks, geo.blocks, parts, x.shape[0]),
-            in_specs=(plk.whole(self.first), self.inputs.specs(3), (plk.per_group(x, 3), plk.per_group(z, 3))),
+            grid=(geo.blocks, geo.blocks, old.shape[1], old.shape[0]),
+            in_specs=(plk.whole(self.first), self.inputs.specs(3), tuple(plk.per_group(array, 3) for array in extras)),
             out_specs=plk.per_group(out, 3),
             out_shape=out,
             num_warps=geo.launch.num_warps,
             num_stages=geo.launch.num_stages,
             interpret=geo.launch.interpret,
+            in_place=[(old, 0)],
         )
-        return partial_sums.sum((0, 1))
 
     def _launch(
         self, name: str, kernel: Any, extras: Any, out_shape: Any, in_place: Any = (), warps: int | None = None

@@ -1,7 +1,8 @@
 """Backward Evo kernels over one segment of the sequence; evo_bwd.py runs them in the order they stand here.
 
 Every kernel takes (first, inputs, tables, extras, out): `first` is the segment's first chunk, arrays named z_* and d_*
-belong to the segment alone, and a program owns one (rows, columns) tile of them.
+belong to the segment alone, and a program owns one (rows, columns) tile of them. Gradients of parameters are parts that
+a program of every segment adds to, in place.
 """
 
 from typing import Any, NamedTuple
@@ -68,10 +69,10 @@ class Norm(NamedTuple):
 
 
 def norm_kernel(
-    first: Any, inputs: Inputs, tables: Tables, extras: tuple[Any, Any, Any], out: Norm, *, geo: Geometry
+    first: Any, inputs: Inputs, tables: Tables, extras: tuple[Any, Any, Any, Any], out: Norm, *, geo: Geometry
 ) -> None:
     """LayerNorm backwards; here `geo` is one of whole rows: a single column block, few rows, no dot products."""
-    d_out_ref, final_ref, context_ref = extras
+    d_out_ref, final_ref, context_ref, old = extras
     block, chunk, _, rows = _tile_of(first, inputs, geo)
     final = t.load_tile(final_ref, rows.local, rows.inside, block, geo)
     context = t.load_tile(context_ref, rows.local, rows.inside, block, geo)
@@ -86,9 +87,13 @@ def norm_kernel(
     z_final = d_y * context * final * (1.0 - final)
     t.store_tile(out.z_final, rows.local, rows.inside, block, z_final, geo)
     t.store_tile(out.d_context, rows.local, rows.inside, block, d_y * final, geo)
-    t.store_carry(out.final_bias, chunk, block, z_final.sum(0), geo)
-    t.store_carry(out.norm_scale, chunk, block, (d_out * x_hat).sum(0), geo)
-    t.store_carry(out.norm_bias, chunk, block, d_out.sum(0), geo)
+    for ref, old_ref, tile in zip(out[2:], old, (z_final, d_out * x_hat, d_out), strict=True):
+        _add(ref, old_ref, chunk, block, tile, geo)
+
+
+def _add(ref: Any, old_ref: Any, chunk: Any, block: Any, tile: jax.Array, geo: Geometry) -> None:
+    """Write the sum of a tile's rows, on top of what earlier segments left."""
+    t.store_carry(ref, chunk, block, t.load_carry(old_ref, chunk, block, geo) + tile.sum(0), geo)
 
 
 class Ratio(NamedTuple):
@@ -104,10 +109,10 @@ class Ratio(NamedTuple):
 
 
 def ratio_kernel(
-    first: Any, inputs: Inputs, tables: Tables, extras: tuple[Any, Any], out: Ratio, *, geo: Geometry
+    first: Any, inputs: Inputs, tables: Tables, extras: tuple[Any, Any, Any, Any], out: Ratio, *, geo: Geometry
 ) -> None:
     """gate' = z_final @ W_f^T, then down to the three arguments of r."""
-    z_final_ref, g_ref = extras
+    z_final_ref, g_ref, old_q_bias, old_local_bias = extras
     block, local_chunk, chunk, rows = _tile_of(first, inputs, geo)
 
     v = load_v(inputs, rows, block, geo)
@@ -123,8 +128,10 @@ def ratio_kernel(
     d_gated = -z_q * ratio * t.sign(gated)
     for ref, tile in ((out.z_q, z_q), (out.z_local, z_local), (out.d_gated, d_gated), (out.d_v, d_gate * ratio * s)):
         t.store_tile(ref, rows.local, rows.inside, block, tile, geo)
-    for ref, tile in ((out.gated_sums, d_gated), (out.q_bias, z_q), (out.local_bias, z_local)):
-        t.store_carry(ref, local_chunk, block, jnp.where(rows.inside[:, None], tile, 0.0).sum(0), geo)
+    z_q, z_local, d_gated = (jnp.where(rows.inside[:, None], tile, 0.0) for tile in (z_q, z_local, d_gated))
+    t.store_carry(out.gated_sums, local_chunk, block, d_gated.sum(0), geo)
+    _add(out.q_bias, old_q_bias, local_chunk, block, z_q, geo)
+    _add(out.local_bias, old_local_bias, local_chunk, block, z_local, geo)
 
 
 class Gated(NamedTuple):
@@ -139,7 +146,7 @@ def gated_kernel(
     first: Any, inputs: Inputs, tables: Tables, extras: tuple[Any, ...], out: Gated, *, geo: Geometry
 ) -> None:
     """D_S by a suffix sum (rows from last to first), then z_gate = D_S v g (1 - g) and v' += D_S g."""
-    carries, d_gated_ref, d_v_ref, g_ref = extras
+    carries, d_gated_ref, d_v_ref, g_ref, old_bias = extras
     block, chunk, _, rows = _tile_of(first, inputs, geo, reverse=True)
     suffix = t.prefix(carries, chunk, block, t.load_tile(d_gated_ref, rows.local, rows.inside, block, geo), geo)
     suffix = suffix.astype(jnp.float32)
@@ -149,7 +156,7 @@ def gated_kernel(
     z_gate = suffix * v * g * (1.0 - g)
     t.store_tile(out.z_gate, rows.local, rows.inside, block, z_gate, geo)
     t.store_tile(out.d_v, rows.local, rows.inside, block, d_v + suffix * g, geo)
-    t.store_carry(out.gate_bias, chunk, block, z_gate.sum(0), geo)
+    _add(out.gate_bias, old_bias, chunk, block, z_gate, geo)
 
 
 class Linear(NamedTuple):
@@ -211,15 +218,15 @@ class Factor(NamedTuple):
 def weight_kernel(
     first_ref: Any,
     inputs: Inputs,
-    refs: tuple[Any, Any],
+    refs: tuple[Any, Any, Any],
     out: Any,
     *,
     factor: Factor,
     split: tuple[int, int],
     geo: Geometry,
 ) -> None:
-    """x^T z over `repeats` of the segment's `chunks`, one (w, w) block; the partial sums are added up outside."""
-    (x_ref, z_ref), (chunks, repeats) = refs, split
+    """One (w, w) block of x^T z over `repeats` of the segment's `chunks`, on top of what earlier segments left."""
+    (x_ref, z_ref, old_ref), (chunks, repeats) = refs, split
     row_block, column_block = plk.program_id(0), plk.program_id(1)
     part, first = plk.program_id(2), plk.load_scalar(first_ref)
 
@@ -237,5 +244,5 @@ def weight_kernel(
     steps = jnp.minimum(repeats, chunks - part * repeats)
     acc = jax.lax.fori_loop(0, steps, step, jnp.zeros((geo.block, geo.block), jnp.float32))
     (row, row_ok), (column, column_ok) = t.columns(row_block, geo), t.columns(column_block, geo)
-    index = (part, row[:, None], column[None, :])
-    plk.store(out, index, acc, row_ok[:, None] & column_ok[None, :])
+    index, ok = (part, row[:, None], column[None, :]), row_ok[:, None] & column_ok[None, :]
+    plk.store(out, index, plk.load(old_ref, index, ok) + acc, ok)
