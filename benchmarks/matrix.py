@@ -21,7 +21,7 @@ _CACHE: dict[str, Any] = {"phase": "decode", "batch": 8, "length": 32768, "kv_he
 _STEP: dict[str, Any] = {"phase": "decode", "batch": 8}
 _OPS = (
     *(Program("prefix_sum", **_LONG), Program("evo", **_LONG), Program("evo", **_LONG, causal=False)),
-    *(Program("flash"), Program("flash", causal=False, kv_heads=8)),
+    *(Program("flash"), Program("flash", kv_heads=8), Program("flash", causal=False, kv_heads=8)),
     *(Program("sliding_window"), Program("sparse"), Program("multiscale")),
     *(Program("linear"), Program("linear", causal=False)),
 )
@@ -44,6 +44,10 @@ SPECIALS = (  # what is compiled at one point alone, for one GPU of each generat
     Program("linear", "backward", "bfloat16", heads=4, kv_heads=2, width=80, extras=("mask", "state")),
     Program("linear", "backward", "float32", width=64, causal=False, extras=("mask",)),
     Program("linear", "backward", "float16", width=128, causal=False, extras=("softmax",)),
+    *(Program("flash", "backward", dtype, kv_heads=8, width=112) for dtype in ("bfloat16", "float16")),  # odd widths
+    *(Program("flash", "backward", dtype, kv_heads=8, width=40) for dtype in ("bfloat16", "float32")),
+    *(Program("sparse", "backward", dtype, kv_heads=8, width=200) for dtype in ("bfloat16", "float16")),
+    *(Program(op, "backward", "bfloat16", kv_heads=8, width=72) for op in ("sliding_window", "multiscale")),
     Program("sparse", "backward", "float32", kv_heads=8, width=80, causal=False),
     Program("sliding_window", "backward", "float16", kv_heads=8, width=96, extras=_EVERYTHING),
     Program("sliding_window", "backward", "bfloat16", width=64, causal=False, extras=("key_bias",)),

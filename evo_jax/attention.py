@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from evo_jax import attention_masks, autotune_first, shapes
 from evo_jax.backend import choose
 from evo_jax.require_cuda import require_cuda
+from evo_jax.signatures import spelled_out
 from reference.blocked import attend_blocked
 from reference.dense import AttendInputs
 from reference.logits import AttendSpec
@@ -24,7 +25,8 @@ class AttentionOptions(TypedDict, total=False):
 
     is_causal: token i sees tokens up to i (True, the default); False: the pattern alone decides.
     q_offset: position of query 0 among the keys, an integer or (B,) of them; None: the last query is on the last key.
-    bias: float, broadcastable to (B, N, T, S), added to the scores after soft cap; exact gradient; -inf hides a key.
+    bias: float, broadcastable to (B, N, T, S), added to the scores after soft cap; exact gradient; -inf hides a key, as
+        does what is under -2.3e38, finfo(float32).min with it.
     mask: bool, broadcastable to (B, N, T, S), False hides a key, besides causality and pattern.
     attention_mask: (B, S), (B, 1, S) or (B, 1, S, 1), 1 for a valid key; where T < S the queries are the last T tokens.
         A masked token does not exist: no query sees it, its output row is 0, its NaN is harmless.
@@ -63,6 +65,10 @@ class AttentionOptions(TypedDict, total=False):
     implementation: str | None
 
 
+_spelled_out = spelled_out(AttentionOptions, is_causal=True, dropout_rate=0.0, return_residuals=False)
+
+
+@_spelled_out
 def flash_attention(query: Any, key: Any, value: Any, **options: Unpack[AttentionOptions]) -> Any:
     """Softmax attention over all keys, or all up to the query's own position; O(T + S) memory, exact.
 
@@ -93,6 +99,7 @@ def flash_attention(query: Any, key: Any, value: Any, **options: Unpack[Attentio
     return _attend("flash_attention", query, key, value, lambda *_: Pattern(), options)
 
 
+@_spelled_out
 def sliding_window_attention(
     query: Any, key: Any, value: Any, *, window_size: int, **options: Unpack[AttentionOptions]
 ) -> Any:
@@ -111,6 +118,7 @@ def sliding_window_attention(
     return _attend(op, query, key, value, lambda *_: Pattern(windows=((reach, reach),)), options)
 
 
+@_spelled_out
 def sparse_attention(
     query: Any,
     key: Any,
@@ -140,6 +148,7 @@ def sparse_attention(
     return _attend(op, query, key, value, lambda *_: pattern, options)
 
 
+@_spelled_out
 def multiscale_attention(
     query: Any,
     key: Any,
@@ -210,7 +219,7 @@ def _attend(
     if unknown:
         choices = ", ".join(AttentionOptions.__annotations__)
         raise TypeError(f"{op}: unknown option {', '.join(map(repr, unknown))}; it takes {choices}")
-    query, key, value = shapes.attention_arrays(op, query, key, value, same_length=False)
+    query, key, value = shapes.attention_arrays(op, query, key, value)
     mask, bias, bad = attention_masks.build(op, query, key, pattern(query.shape[2]), options)
     rate, seed = _dropout(op, options)
     spec = AttendSpec(_scale(op, query, options), _soft_cap(op, options), rate)

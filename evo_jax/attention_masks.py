@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from evo_jax import padding, shapes
-from reference.mask import Mask, Pattern
+from reference.mask import FAR, Mask, Pattern
 
 
 def build(
@@ -47,6 +47,8 @@ def _offset(
         return 0, None  # positions play no part
     if given is not None:
         if isinstance(given, int) and not isinstance(given, bool):
+            if abs(given) > FAR // 2:
+                raise ValueError(f"{op}: q_offset={given} must be within {-FAR // 2} and {FAR // 2}")
             return given, None
         given = jnp.broadcast_to(given, (batch,)) if jnp.ndim(given) == 0 else given
         return 0, shapes.lengths(op, "q_offset", given, batch)
@@ -105,4 +107,5 @@ def of_module(op: str, mask: Any, shape: tuple[int, ...]) -> dict[str, Any]:
         return {"mask": mask, "is_causal": False}
     if not jnp.issubdtype(mask.dtype, jnp.floating):
         raise TypeError(f"{op}: attention_mask {mask.shape} of {mask.dtype.name}, of pairs, must be bool or float")
+    shapes.additive(op, mask)
     return {"bias": mask} if mask.shape[2] == 1 and length > 1 else {"bias": mask, "is_causal": False}

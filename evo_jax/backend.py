@@ -210,7 +210,7 @@ def _log_once(level: int, message: str) -> None:
 
 
 def _known(name: str, choices: dict[str, str], what: str) -> str:
-    if name not in choices:
+    if not isinstance(name, str) or name not in choices:
         extra = "" if what != "implementation" else " or None"
         raise ValueError(f"{what}={name!r} is not one of {', '.join(map(repr, choices))}{extra}")
     return choices[name]

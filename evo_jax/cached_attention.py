@@ -138,6 +138,8 @@ def _masks(
     if mask.dtype != bool and not floating:
         raise TypeError(f"{op}: attention_mask {mask.shape} of {mask.dtype.name}, of pairs, must be bool or float")
     shapes.broadcastable(op, "attention_mask", mask, (batch, heads, tokens, max(mask.shape[3], 1)))
+    if floating:
+        shapes.additive(op, mask)
     hidden = jnp.asarray(-jnp.inf if floating else False, mask.dtype)
     missing = 0 if mask.shape[3] == 1 else capacity - mask.shape[3]  # one column stands for all keys, as elsewhere
     full = jnp.pad(mask, [(0, 0)] * 3 + [(0, missing)], constant_values=hidden)

@@ -157,6 +157,8 @@ def _state(state: Any, wanted: bool, v: jax.Array, spec: EvoSpec) -> EvoState | 
                 f"{_OP}: initial_state.{name}.shape={array.shape} must be {(batch, heads, width)} for {v.shape=}"
             )
     count = shapes.lengths(_OP, "initial_state.count", state.count, batch)
+    if count is not None and shapes.known(count) and (np.asarray(count) < 0).any():
+        raise ValueError(f"{_OP}: initial_state.count={np.asarray(count)} must be at least 0")
     return EvoState(sums[0].astype(dtype), sums[1].astype(dtype), count)
 
 

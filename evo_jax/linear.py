@@ -60,8 +60,9 @@ def linear_attention(
         (B, T, N, V) in the dtype of `query`; with return_state, (that, LinearState in float32 or float64).
 
     Raises:
-        ValueError: shapes that do not fit, an unknown feature map, is_causal with T != S, or a known mask with values
-            other than 0 and 1 (a traced one gives NaN in its sequence). TypeError: dtypes.
+        ValueError: shapes that do not fit, an unknown feature map, is_causal with T != S, eps that is negative or not
+            finite, or a known mask with values other than 0 and 1 (a traced one gives NaN in its sequence). TypeError:
+            dtypes, or eps that is not a number known while tracing.
         NotImplementedError: implementation="triton" or "interpret" where the kernel cannot do this case.
 
     >>> import jax, jax.numpy as jnp, evo_jax
@@ -72,13 +73,13 @@ def linear_attention(
     >>> bool(jnp.allclose(jnp.concatenate([first, rest], axis=1), whole, atol=1e-5))
     True
     """
-    query, key, value = shapes.attention_arrays(_OP, query, key, value, same_length=is_causal)
+    query, key, value = shapes.attention_arrays(_OP, query, key, value, same_length=is_causal, same_dtype=True)
     rows, bad = _rows(query, key, attention_mask, segment_ids)
     shapes.feature_map(_OP, feature_map)
     if callable(feature_map):
         query, key = _mapped("query", query, feature_map, rows), _mapped("key", key, feature_map, rows)
         feature_map = "identity"
-    spec = LinearSpec(feature_map, bool(is_causal), float(eps))
+    spec = LinearSpec(feature_map, bool(is_causal), shapes.not_negative(_OP, "eps", eps))
     state = _state(initial_state, key, value)
     launch = shapes.launch(_OP, block=block, num_warps=num_warps, num_stages=num_stages)
     how = choose(_OP, implementation, lambda: _refusal(query, key, value, state, rows, spec), (query, key, value))

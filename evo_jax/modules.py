@@ -181,7 +181,9 @@ class LinearAttention(GroupedHeads):
             param_dtype=param_dtype,
             rngs=rngs,
         )
-        self.scale, self.feature_map, self.is_causal, self.eps = scale, feature_map, is_causal, eps
+        op = type(self).__name__
+        self.scale = None if scale is None else shapes.finite(op, "scale", scale)
+        self.feature_map, self.is_causal, self.eps = feature_map, is_causal, shapes.not_negative(op, "eps", eps)
 
     def init_cache(self, batch_size: int, capacity: int | None = None, dtype: Any = None) -> LinearState:
         """The state before the first token, of a size that no sequence changes: `capacity` is not used.

@@ -17,10 +17,13 @@ from reference.linear_maps import FEATURE_MAPS
 _FEATURE_MAPS = tuple(name for name in FEATURE_MAPS if name != "identity")
 _FLOATS = ("float16", "bfloat16", "float32", "float64")
 MASK_SHAPES = "(B, L), (B, 1, L) or (B, 1, L, 1)"
+_GATED = ("evo_attention", "EvoAttention")  # what has values alone, v, and takes mask_semantics
 
 
 def float_array(op: str, name: str, x: Any) -> jax.Array:
     """`x` as an array of float16, bfloat16, float32 or float64."""
+    if x is None:
+        raise TypeError(f"{op}: {name} must be an array, not None")
     x = jnp.asarray(x)
     if x.dtype.name not in _FLOATS:
         raise TypeError(f"{op}: {name}.dtype={x.dtype.name} must be one of {', '.join(_FLOATS)}; cast it with astype")
@@ -42,10 +45,12 @@ def values(op: str, v: Any, query: Any) -> tuple[jax.Array, jax.Array | None]:
     return v, query
 
 
-def attention_arrays(op: str, query: Any, key: Any, value: Any, same_length: bool) -> tuple[jax.Array, ...]:
+def attention_arrays(
+    op: str, query: Any, key: Any, value: Any, same_length: bool = False, same_dtype: bool = False
+) -> tuple[jax.Array, ...]:
     """query (B, T, N, D), key (B, S, K, D) and value (B, S, K, V), N a multiple of K; key and value of one dtype.
 
-    With `same_length` there are as many queries as keys, and all three are of one dtype.
+    `same_length`: as many queries as keys. `same_dtype`: all three of one dtype.
     """
     query, key, value = (float_array(op, name, x) for name, x in (("query", query), ("key", key), ("value", value)))
     given = f"{query.shape=}, {key.shape=}, {value.shape=}"
@@ -58,9 +63,9 @@ def attention_arrays(op: str, query: Any, key: Any, value: Any, same_length: boo
         raise ValueError(f"{op}: {given}: {heads} query heads are not a multiple of {kv_heads} key/value heads")
     if same_length and query.shape[1] != key.shape[1]:
         raise ValueError(f"{op}: {given}: is_causal=True needs as many queries as keys; earlier tokens come as a state")
-    if key.dtype != value.dtype or (same_length and query.dtype != key.dtype):
+    if key.dtype != value.dtype or (same_dtype and query.dtype != key.dtype):
         names = f"{query.dtype.name}, {key.dtype.name}, {value.dtype.name}"
-        those = "query, key and value" if same_length else "key and value"
+        those = "query, key and value" if same_dtype else "key and value"
         raise TypeError(f"{op}: query, key and value are {names}; {those} must be of one dtype; cast them with astype")
     return query, key, value
 
@@ -160,6 +165,13 @@ def finite(op: str, name: str, value: Any) -> float:
     return float(value)
 
 
+def not_negative(op: str, name: str, value: Any) -> float:
+    """`value` as a finite float that is at least 0."""
+    if (value := finite(op, name, value)) < 0:
+        raise ValueError(f"{op}: {name}={value} must be at least 0")
+    return value
+
+
 def lengths(op: str, name: str, value: Any, batch: int) -> jax.Array | None:
     """`value` (B,) of integers as int32; None stays None."""
     if value is None:
@@ -246,10 +258,22 @@ def token_mask(op: str, mask: Any, batch: int, length: int) -> jax.Array | np.nd
     if mask.shape not in ((batch, length), (batch, 1, length), (batch, 1, length, 1)):
         raise ValueError(
             f"{op}: attention_mask.shape={mask.shape} must be {MASK_SHAPES} with B={batch}, L={length}, 1 or True for "
-            "a valid token; a (B, 1, 1, L) or (B, L, 1) key mask: squeeze it to (B, L); (B, H, L), one per head: "
-            "multiply v by it instead"
+            "a valid token; a (B, 1, 1, L) or (B, L, 1) key mask: squeeze it to (B, L)"
+            + ("; (B, H, L), one per head: multiply v by it instead" if op in _GATED else "")
         )
     return mask.reshape(batch, length)
+
+
+def additive(op: str, mask: Any) -> None:
+    """ValueError for a known float mask, to be added to scores, that reads as a mask of tokens: 0 and 1 alone."""
+    if not known(mask) or not np.size(mask):
+        return
+    host = np.asarray(mask)
+    if (host == 1).any() and ((host == 0) | (host == 1)).all():
+        raise ValueError(
+            f"{op}: attention_mask {mask.shape} of {mask.dtype.name} holds only 0 and 1, and a float mask of four axes "
+            "is added to the scores; for 1 = attend pass mask.astype(bool)"
+        )
 
 
 def known(mask: jax.Array | np.ndarray) -> bool:
@@ -264,7 +288,8 @@ def zeros_and_ones(op: str, mask: jax.Array | np.ndarray) -> None:
     if bad.size:
         raise ValueError(
             f"{op}: attention_mask holds {bad.flat[0]} and must hold only 0 and 1 (or False and True); "
-            "an additive mask (0 and -inf): pass mask == 0; a fractional mask: pass mask_semantics='multiply'"
+            "an additive mask (0 and -inf): pass mask == 0"
+            + ("; a fractional mask: pass mask_semantics='multiply'" if op in _GATED else "")
         )
 
 

@@ -1,5 +1,6 @@
 """The softmax family as Flax nnx modules: flash, sliding-window, block-sparse and multi-scale attention."""
 
+import inspect
 from typing import Any, TypedDict, Unpack
 
 import jax
@@ -10,6 +11,7 @@ from evo_jax import attention, attention_masks, cached_attention, shapes
 from evo_jax.cache import KVCache, MultiScaleCache, RingCache
 from evo_jax.cached_attention import Group, Layout
 from evo_jax.projections import GroupedHeads
+from evo_jax.signatures import spelled_out
 from reference.mask import FAR, window_runs
 
 
@@ -38,6 +40,16 @@ class SoftmaxOptions(TypedDict, total=False):
     dtype: Any
     param_dtype: Any
     rngs: nnx.Rngs
+
+
+_spelled_out = spelled_out(
+    SoftmaxOptions,
+    is_causal=True,
+    sinks=False,
+    dropout_rate=0.0,
+    param_dtype=jnp.float32,
+    rngs=inspect.Parameter.empty,
+)
 
 
 class SoftmaxAttention(GroupedHeads):
@@ -189,6 +201,7 @@ class FlashAttention(SoftmaxAttention):
     (2, 10, 64)
     """
 
+    @_spelled_out
     def __init__(self, hidden_size: int, num_heads: int, **options: Unpack[SoftmaxOptions]):
         super().__init__(hidden_size, num_heads, **options)
 
@@ -204,6 +217,7 @@ class SlidingWindowAttention(SoftmaxAttention):
     reaches to both sides.
     """
 
+    @_spelled_out
     def __init__(self, hidden_size: int, num_heads: int, *, window_size: int = 4096, **options: Unpack[SoftmaxOptions]):
         super().__init__(hidden_size, num_heads, **options)
         self.window_size = shapes.at_least(type(self).__name__, "window_size", window_size, 1)
@@ -224,6 +238,7 @@ class SparseAttention(SoftmaxAttention):
     and the `seed` that draws them.
     """
 
+    @_spelled_out
     def __init__(
         self,
         hidden_size: int,
@@ -261,6 +276,7 @@ class MultiScaleAttention(SoftmaxAttention):
     `window_sizes`.
     """
 
+    @_spelled_out
     def __init__(
         self,
         hidden_size: int,

@@ -133,10 +133,9 @@ def _kernel(refs: Refs, outs: Refs, *, task: Task) -> None:
 def _merged(outs: Refs, inputs: AttendInputs, splits: int) -> tuple[jax.Array, jax.Array]:
     """Of all splits, in the order of heads and tokens."""
     (batch, queries, heads, _), group, width = inputs.query.shape, _group(inputs), inputs.value.shape[3]
-    shape = (batch, heads // group, splits, queries, group)
-    top, total = (x.reshape(shape).transpose(0, 2, 3, 1, 4) for x in (outs.lse, outs.delta))
-    acc = outs.out.reshape(batch, splits, queries, group, heads // group, width).swapaxes(3, 4)
-    sinks = None if inputs.sinks is None else inputs.sinks.astype(jnp.float32).reshape(-1, group) * LOG2_E
+    shape, rows = (batch, heads // group, splits, queries, group), (batch, splits, queries, heads)
+    top, total = (x.reshape(shape).transpose(0, 2, 3, 1, 4).reshape(rows) for x in (outs.lse, outs.delta))
+    acc = outs.out.reshape(batch, splits, queries, group, heads // group, width).swapaxes(3, 4).reshape(*rows, width)
+    sinks = None if inputs.sinks is None else inputs.sinks.astype(jnp.float32) * LOG2_E
     (out,), lse = finish(merge(SoftmaxState(top, total, (acc,)), 1), sinks)
-    out = out.reshape(batch, queries, heads, width).astype(inputs.query.dtype)
-    return out, lse.reshape(batch, queries, heads).transpose(0, 2, 1)
+    return out.astype(inputs.query.dtype), lse.transpose(0, 2, 1)

@@ -265,31 +265,43 @@ _DECODE = {
 }
 
 # Precision of dot products, kernel, most columns: queries and keys of a tile, warps, stages. A tensor-core product of
-# Hopper needs 64 rows: queries, but keys in "d_key_value"; with fewer it is that of Ampere.
+# Hopper needs 64 rows: queries, but keys in "d_key_value"; with fewer it is that of Ampere. Widths that are no power of
+# two mask columns, which takes registers: most have rows of their own, up to 63, 127 and 255.
 _ATTEND = {
     "bf16": {
-        "forward": {128: (128, 64, 8, 2), 256: (64, 32, 8, 2)},
-        "d_query": {64: (128, 64, 8, 2), 96: (64, 32, 8, 2), 128: (64, 64, 8, 2), 256: (32, 32, 8, 2)},
-        "d_key_value": {64: (32, 64, 8, 2), 96: (16, 64, 8, 2), 128: (32, 64, 8, 2), 256: (16, 32, 8, 2)},
+        "forward": {
+            **{63: (128, 32, 8, 2), 128: (128, 64, 8, 2), 160: (64, 32, 8, 2), 255: (64, 16, 8, 2)},
+            **{256: (64, 32, 8, 2)},
+        },
+        "d_query": {64: (128, 64, 8, 2), 127: (64, 32, 8, 2), 128: (64, 64, 8, 2), 256: (32, 32, 8, 2)},
+        "d_key_value": {
+            **{64: (32, 64, 8, 2), 96: (16, 64, 8, 2), 127: (16, 64, 4, 2), 128: (32, 64, 8, 2), 256: (16, 32, 8, 2)},
+        },
         "d_bias": {64: (64, 64, 8, 1), 128: (64, 32, 4, 1), 256: (64, 32, 8, 1)},
     },
     "fp16": {
-        "forward": {128: (128, 64, 8, 2), 256: (64, 32, 8, 2)},
+        "forward": {
+            **{63: (128, 32, 8, 2), 128: (128, 64, 8, 2), 160: (64, 32, 8, 2), 255: (64, 16, 8, 2)},
+            **{256: (64, 32, 8, 2)},
+        },
         "d_query": {64: (64, 64, 8, 2), 128: (64, 32, 8, 2), 256: (64, 32, 8, 1)},
-        "d_key_value": {64: (32, 64, 8, 2), 128: (16, 64, 8, 2), 256: (16, 32, 8, 1)},
+        "d_key_value": {
+            **{64: (32, 64, 8, 2), 96: (16, 64, 8, 2), 127: (16, 64, 4, 2), 128: (16, 64, 8, 2), 256: (16, 32, 8, 1)},
+        },
         "d_bias": {64: (64, 64, 8, 1), 128: (64, 32, 4, 1), 256: (64, 32, 8, 1)},
     },
     "tf32x3": {
         "forward": {64: (64, 32, 8, 2), 128: (64, 16, 8, 2), 256: (32, 16, 8, 2)},
         "d_query": {64: (64, 16, 8, 1), 256: (32, 16, 8, 1)},
-        "d_key_value": {64: (32, 32, 8, 1), 256: (16, 32, 8, 1)},
+        "d_key_value": {63: (16, 32, 8, 1), 64: (32, 32, 8, 1), 256: (16, 32, 8, 1)},
         "d_bias": {64: (32, 32, 8, 1), 256: (32, 16, 8, 1)},
     },
 }
 
-# Of what compiles for Hopper without spills, what an H200 ran fastest: as above, then the most columns of a part of a
-# row and whether rows are read again. "more": under any load; "blocks": under that of scattered ones. Four warps issue
-# one product of 64 rows, whose scores and sums stay in their registers.
+# Of what compiles for Hopper without spills, what an H200 ran fastest at widths of 64, 128 and 256: as above, then the
+# most columns of a part of a row and whether rows are read again. Rows for others were chosen by compiling alone.
+# "more": under any load; "blocks": under that of scattered ones.
+# Four warps issue one product of 64 rows, whose scores and sums stay in their registers.
 _HOPPER: dict[str, dict[str, dict[int, tuple[int, int, int, int, int, bool]]]] = {
     "bf16": {
         "forward": {128: (64, 64, 4, 3, 256, False), 256: (128, 64, 8, 2, 256, False)},
@@ -297,14 +309,18 @@ _HOPPER: dict[str, dict[str, dict[int, tuple[int, int, int, int, int, bool]]]] =
             **{64: (64, 64, 4, 2, 256, False), 128: (128, 64, 8, 3, 256, False)},
             **{256: (128, 32, 8, 2, 256, False)},
         },
-        "d_key_value": {128: (64, 64, 4, 2, 256, False), 256: (64, 64, 8, 2, 64, True)},
+        "d_key_value": {
+            **{96: (64, 64, 4, 2, 256, False), 127: (32, 64, 4, 3, 256, False), 128: (64, 64, 4, 2, 256, False)},
+            **{256: (64, 64, 8, 2, 64, True)},
+        },
         "d_key_value more": {
-            **{96: (64, 64, 4, 2, 256, False), 128: (32, 64, 4, 3, 256, False)},
+            **{63: (32, 64, 4, 2, 256, False), 64: (64, 64, 4, 2, 256, False), 127: (32, 64, 8, 2, 256, False)},
+            **{128: (32, 64, 4, 2, 256, False), 192: (64, 64, 8, 2, 64, True), 255: (32, 64, 8, 2, 64, True)},
             **{256: (64, 64, 8, 2, 64, True)},
         },
         "d_key_value blocks": {
-            **{64: (32, 64, 4, 2, 256, False), 128: (32, 128, 8, 3, 256, False)},
-            **{256: (64, 64, 8, 2, 64, True)},
+            **{64: (32, 64, 4, 2, 256, False), 127: (32, 64, 8, 2, 256, False), 128: (32, 128, 8, 3, 256, False)},
+            **{192: (64, 64, 8, 2, 64, True), 255: (32, 64, 8, 2, 64, True), 256: (64, 64, 8, 2, 64, True)},
         },
     },
     "fp16": {
@@ -315,14 +331,18 @@ _HOPPER: dict[str, dict[str, dict[int, tuple[int, int, int, int, int, bool]]]] =
         },
         "d_query more": {64: (64, 64, 4, 2, 256, False), 128: (128, 64, 8, 3, 256, False)},
         "d_key_value": {
-            **{64: (64, 64, 4, 2, 256, False), 128: (32, 128, 8, 2, 256, False)},
-            **{256: (64, 64, 8, 2, 64, True)},
+            **{64: (64, 64, 4, 2, 256, False), 128: (32, 128, 8, 2, 256, False), 192: (64, 64, 8, 2, 64, True)},
+            **{255: (32, 64, 8, 2, 64, True), 256: (64, 64, 8, 2, 64, True)},
+        },
+        "d_key_value more": {
+            **{64: (32, 64, 4, 2, 256, False), 96: (32, 128, 8, 2, 256, False), 127: (32, 64, 8, 1, 256, False)},
+            **{128: (32, 128, 8, 2, 256, False), 256: (32, 64, 8, 2, 64, True)},
         },
         "d_key_value blocks": {64: (32, 64, 4, 2, 256, False), 128: (32, 64, 8, 2, 256, False)},
     },
     "tf32x3": {
-        "forward": {64: (64, 64, 4, 1, 32, False), 128: (64, 32, 4, 1, 32, False)},
-        "d_query": {64: (64, 64, 4, 1, 64, False), 128: (64, 32, 4, 1, 64, True)},
+        "forward": {63: (64, 32, 4, 1, 32, False), 64: (64, 64, 4, 1, 32, False), 128: (64, 32, 4, 1, 32, False)},
+        "d_query": {63: (64, 32, 4, 1, 64, False), 64: (64, 64, 4, 1, 64, False), 128: (64, 32, 4, 1, 64, True)},
         "d_query blocks": {64: (64, 32, 4, 1, 64, False), 128: (64, 32, 4, 1, 64, True)},
         "d_key_value": {64: (32, 128, 8, 1, 64, False)},
     },

@@ -32,6 +32,7 @@ def chunk_loop(step: Step, consts: Tree, carry: Tree, xs: Tree, aux: Tree) -> An
 
 
 def _forward(step, consts, carry, xs, aux):
+    aux = lax.optimization_barrier(aux)  # a mask that is a constant must not turn a chunk into one: XLA on CPUs errs
     length = jax.tree.leaves(xs)[0].shape[step.axis]
     full, rest = divmod(length, step.size)
 

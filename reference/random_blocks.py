@@ -15,13 +15,14 @@ def random_blocks(
     kv_heads: int,
     keys: int,
 ) -> np.ndarray:
-    """(K, n, num_random) int32 block numbers for n = ceil(keys / block_size) blocks of positions; -1 where too few.
+    """(K, n, num_random) int32 block numbers; -1 where too few. n = ceil(keys / block_size), at least 1, blocks of
+    positions.
 
     Drawn for each block of positions among the key blocks that neither its band (`window`: keys to the left and right)
     nor the global tokens touch, only earlier ones where causal. Floyd's sampling: draw t out of the first m, and take
     the m-th instead where t was taken before.
     """
-    count = -(-keys // block_size)
+    count = max(-(-keys // block_size), 1)
     block = np.arange(count)
     first = min(-(-num_global // block_size), count)  # blocks from here on hold no global token
     low = np.clip((block * block_size - window[0]) // block_size, first, None)

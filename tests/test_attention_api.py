@@ -1,5 +1,6 @@
 """The softmax family at the public door: patterns by hand-written loops, options, transforms, refusals."""
 
+import inspect
 from functools import partial
 
 import jax
@@ -9,7 +10,7 @@ import pytest
 from checks import assert_close
 
 import evo_jax
-from evo_jax.attention import head_windows
+from evo_jax.attention import AttentionOptions, head_windows
 from reference.mask import FAR
 
 B, L, N, K, D, V = 2, 40, 4, 2, 8, 6
@@ -22,7 +23,7 @@ MASK = (np.arange(L) * np.array([[11], [7]]) + 3) % L < 27
 STATIC = ("is_causal", "implementation", "window_size", "local_heads", "window_sizes", "block_size", "scale")
 STATIC += ("num_global_tokens", "num_random_blocks", "seed", "logits_soft_cap", "dropout_rate", "return_residuals")
 flash, sliding, sparse, multiscale = (
-    jax.jit(f, static_argnames=STATIC)
+    jax.jit(f, static_argnames=[name for name in STATIC if name in inspect.signature(f).parameters])
     for f in (
         evo_jax.flash_attention,
         evo_jax.sliding_window_attention,
@@ -71,6 +72,21 @@ def test_sparse_attention_without_random_blocks_is_a_plain_loop(causal):
         )
         options = {"block_size": size, "num_global_tokens": count, "num_random_blocks": 0, "is_causal": causal}
         check(sparse(Q, KEY, VALUE, return_residuals=True, **options), plain(Q, KEY, VALUE, sees))
+
+
+@pytest.mark.parametrize("implementation", ["reference", "interpret"])
+@pytest.mark.parametrize("function", [flash, partial(sliding, window_size=3), sparse, multiscale])
+def test_no_keys_give_rows_of_zeros(function, implementation):
+    options = {"return_residuals": True, "implementation": implementation}
+    out, lse = function(Q, KEY[:, :0], VALUE[:, :0], **options)
+    assert out.shape == (B, L, N, V) and not out.any() and (lse == -np.inf).all()
+
+
+def test_signatures_name_every_option_and_its_default():
+    parameters = inspect.signature(evo_jax.sparse_attention).parameters
+    assert parameters["block_size"].default == 64 and parameters["is_causal"].default is True
+    assert set(AttentionOptions.__annotations__) < set(parameters)
+    assert all(p.kind is not p.VAR_KEYWORD for p in parameters.values())
 
 
 @pytest.mark.parametrize("causal", [True, False])
@@ -306,6 +322,8 @@ def test_explain_names_the_four_and_why():
         ({"segment_ids": np.zeros((B, L), np.float32)}, TypeError, r"segment_ids\.dtype=float32"),
         ({"query_seq_lengths": np.zeros(3, np.int32)}, ValueError, r"query_seq_lengths\.shape=\(3,\)"),
         ({"q_offset": np.zeros(3, np.int32)}, ValueError, r"q_offset\.shape=\(3,\)"),
+        ({"q_offset": 2**40}, ValueError, "q_offset=1099511627776 must be within"),
+        ({"attention_mask": np.full((B, L), 0.5)}, ValueError, r"pass mask == 0$"),
         ({"dropout_rate": 1.0}, ValueError, r"dropout_rate=1\.0"),
         ({"dropout_rate": 0.5, "dropout_seed": np.zeros(2, np.int32)}, TypeError, "dropout_seed"),
         ({"block_q": 24}, ValueError, "block_q=24 must be a power of two"),
@@ -333,6 +351,7 @@ def test_what_does_not_fit_is_refused_by_name(options, error, message):
         ),
         (lambda: evo_jax.flash_attention(Q, KEY[:, :, :1].repeat(3, 2), VALUE), ValueError, "must agree"),
         (lambda: evo_jax.flash_attention(Q, KEY.astype("float16"), VALUE), TypeError, "of one dtype"),
+        (lambda: evo_jax.flash_attention(None, KEY, VALUE), TypeError, "query must be an array, not None"),
     ],
 )
 def test_patterns_that_do_not_fit_are_refused_by_name(call, error, message):

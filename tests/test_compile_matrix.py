@@ -249,10 +249,10 @@ def test_without_the_compiler_programs_are_lowered_and_audited(monkeypatch, tmp_
 @needs_wheels
 def test_any_shape_is_reported_on(tmp_path, capfd):
     path = tmp_path / "report.json"
-    shape = ["--shape", "B1,L12345,N7,K1,D72,W1000", "--pass", "forward", "--jobs", "1", "--json", str(path)]
+    shape = ["--shape", "B1,L12345,N7,K1,D72,W1000", "--pass", "backward", "--jobs", "1", "--json", str(path)]
     assert compile_report.main(["--op", "sliding_window", *shape]) == 0
     printed = capfd.readouterr().out
-    assert "sliding_window forward bfloat16 B1 L12345 N7 K1 D72 W1000" in printed and "attend_forward" in printed
+    assert "sliding_window backward bfloat16 B1 L12345 N7 K1 D72 W1000" in printed and "attend_forward" in printed
     assert "1 programs lowered and audited, 1 compiled" in printed and "1 of those compiled have no budget" in printed
     assert '"bound": "compute"' in path.read_text()
 

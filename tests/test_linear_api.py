@@ -244,6 +244,7 @@ def test_every_implementation_gives_the_same_numbers(implementation):
         ((Q[:, :7], KEY, VALUE), {}, ValueError, "is_causal=True needs as many queries as keys"),
         ((Q[:, :7], KEY, VALUE), {"is_causal": False, "attention_mask": MASK}, ValueError, "as many queries as keys"),
         ((Q.astype("bfloat16"), KEY, VALUE), {}, TypeError, "bfloat16, float32, float32"),
+        ((Q.astype("bfloat16"), KEY, VALUE), {"is_causal": False}, TypeError, "query, key and value must be of one"),
         ((Q.astype(int), KEY, VALUE), {}, TypeError, r"query\.dtype=int32"),
         ((Q, KEY, VALUE), {"feature_map": "gelu"}, ValueError, "'gelu' must be one of 'elu', 'relu', 'softmax', or a"),
         ((Q, KEY, VALUE), {"feature_map": "identity"}, ValueError, "must be one of"),
@@ -255,6 +256,9 @@ def test_every_implementation_gives_the_same_numbers(implementation):
         ((Q, KEY, VALUE), {"initial_state": tuple(STATE)}, TypeError, "must be an evo_jax.LinearState"),
         ((Q, KEY, VALUE), {"implementation": "cuda"}, ValueError, "implementation='cuda'"),
         ((Q, KEY, VALUE), {"block": 48}, ValueError, "block=48 must be a power of two"),
+        ((Q, KEY, VALUE), {"eps": -1.0}, ValueError, r"eps=-1\.0 must be at least 0"),
+        ((Q, KEY, VALUE), {"eps": "a"}, TypeError, "eps='a' must be a float"),
+        ((Q, KEY, VALUE), {"implementation": ["triton"]}, ValueError, r"implementation=\['triton'\]"),
     ],
 )
 def test_refusals_name_the_argument_its_value_and_the_way_out(arrays, options, error, message):

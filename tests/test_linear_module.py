@@ -170,7 +170,7 @@ def test_the_factory_makes_the_module_reproducibly(name):
     assert isinstance(layer, evo_jax.LinearAttention) and layer.feature_map == "softmax"
     same = evo_jax.Triton.linear(E, N, feature_map="softmax", rngs=nnx.Rngs(0))
     np.testing.assert_array_equal(layer(X)[0], same(X)[0])
-    other = CUDA.linear(E, N, K, rngs=nnx.Rngs(7))
+    other = CUDA.linear(E, N, num_kv_heads=K, rngs=nnx.Rngs(7))
     assert other.num_kv_heads == K and float(jnp.abs(other(X)[0] - same(X)[0]).max()) > 1e-3
 
 

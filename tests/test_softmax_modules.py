@@ -173,9 +173,17 @@ def test_the_factory_has_the_names_and_defaults_of_the_original(names, kind, def
         layer: Any = CUDA.create(attn_type=name, hidden_size=E, num_heads=N, num_kv_heads=K)
         assert type(layer) is kind and layer.num_kv_heads == K
         assert {key: getattr(layer, key) for key in defaults} == defaults
-    same = getattr(evo_jax.Triton, names[0])(E, N, K, rngs=nnx.Rngs(0))
+    same = getattr(evo_jax.Triton, names[0])(E, N, num_kv_heads=K, rngs=nnx.Rngs(0))
     np.testing.assert_array_equal(layer(X)[0], same(X)[0])
     assert type(CUDA.sliding(E, N, window_size=3)) is evo_jax.SlidingWindowAttention
+
+
+def test_the_factory_takes_arguments_in_the_order_of_the_original():
+    assert CUDA.sliding_window(E, N, 8, K).window_size == CUDA.local(E, N, 8).window_size == 8
+    assert CUDA.sparse(E, N, 16, 2, 1).num_random_blocks == 1 and CUDA.linear(E, N, "relu").feature_map == "relu"
+    assert CUDA.multiscale(E, N, 1, (4,)).window_sizes == (4,)
+    layer: Any = CUDA.create(num_kv_heads=4)
+    assert type(layer) is evo_jax.FlashAttention and (layer.hidden_size, layer.num_heads) == (768, 12)
 
 
 def test_rotary_tables():
@@ -211,6 +219,8 @@ def test_rotary_tables():
         (lambda: layer_of("FlashAttention")(X, position_embeddings=(ROTARY[0][:3], ROTARY[1])), ValueError, "cos"),
         (lambda: layer_of("FlashAttention")(X, attention_mask=np.ones((1, 1, L, L), int)), TypeError, "bool or float"),
         (lambda: layer_of("FlashAttention")(X, attention_mask=np.ones((1, 3, L, L), bool)), ValueError, "broadcast"),
+        (lambda: layer_of("FlashAttention")(X, attention_mask=MASK[:, None, None] * 1.0), ValueError, "only 0 and 1"),
+        (lambda: layer_of("FlashAttention")(X, attention_mask=np.tri(L)[None, None]), ValueError, r"astype\(bool\)"),
         (lambda: evo_jax.rotary_embedding(jnp.arange(3), 5), ValueError, "head_dim=5 must be even"),
     ],
 )

@@ -175,6 +175,8 @@ class SoftmaxTwin(TorchAttention):
         op, batch = type(self).__name__, x.shape[0]
         of_keys = mask.ndim == 4 and mask.shape[1:3] == (1, 1) and not mask.is_floating_point()
         if mask.ndim == 4 and not of_keys and not (mask.shape[1::2] == (1, 1) and mask.shape[2] == total > 1):
+            if mask.is_floating_point():
+                shapes.additive(op, mask.detach().float().cpu().numpy())
             return {"pairs": mask[..., -total:] if self.window is not None else mask}
         valid = as_bool(op, mask)
         valid = valid[:, 0, 0].expand(batch, -1) if of_keys else valid
