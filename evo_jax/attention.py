@@ -182,10 +182,10 @@ def multiscale_attention(
 
 def sparse_pattern(op: str, block_size: int, num_global_tokens: int, num_random_blocks: int, seed: int) -> Pattern:
     """The pattern of block-sparse attention."""
-    size = shapes.at_least(op, "block_size", block_size, 1)
+    size = min(shapes.at_least(op, "block_size", block_size, 1), FAR)
     return Pattern(
         windows=((size // 2, size // 2),),
-        num_global=shapes.at_least(op, "num_global_tokens", num_global_tokens, 0),
+        num_global=min(shapes.at_least(op, "num_global_tokens", num_global_tokens, 0), FAR),
         block_size=size,
         num_random=shapes.at_least(op, "num_random_blocks", num_random_blocks, 0),
         seed=shapes.at_least(op, "seed", seed, 0),

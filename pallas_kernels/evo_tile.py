@@ -1,6 +1,6 @@
 """Device-side helpers shared by the forward and backward Evo kernels: rows, tiles, dot products, LayerNorm."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import reduce
 from operator import add
@@ -200,20 +200,22 @@ def linear(
 
 def exact_dot(a: jax.Array, b: jax.Array, geo: Geometry, acc: jax.Array) -> jax.Array:
     """acc + a @ b of a float32 `a` to 16 bits or more; one product would round it to the dot products' 8 or 11."""
-    parts = [a] if geo.dot_precision == "tf32x3" else _parts(a, 2, geo)
+    parts = _parts(a, 1 if geo.dot_precision == "tf32x3" else 2, geo)
     return reduce(lambda sums, part: sums + dot(part, b, geo), parts, acc)
 
 
-def _parts(a: jax.Array, count: int, geo: Geometry) -> list[jax.Array]:
+def _parts(a: jax.Array, count: int, geo: Geometry) -> Iterator[jax.Array]:
     """float32 values as sums of so many, each but the last of as many bits as dot products take: 8, or TF32's 11.
 
-    Bits are cut off, not rounded: a GPU converts single numbers as slowly as it takes exponentials.
+    Bits are cut off, not rounded: a GPU converts single numbers as slowly as it takes exponentials. Each part is made
+    when the product before it is: all at once they take registers.
     """
-    parts, mask = [], jnp.int32(-(2**16) if geo.dot_dtype == "bfloat16" else -(2**13))
+    mask = jnp.int32(-(2**16) if geo.dot_dtype == "bfloat16" else -(2**13))
     for _ in range(count - 1):
         high = lax.bitcast_convert_type(lax.bitcast_convert_type(a, jnp.int32) & mask, jnp.float32)
-        parts, a = [*parts, high], a - high
-    return [*parts, a]
+        yield high
+        a = a - high
+    yield a
 
 
 def linear_transposed(tile_of: Callable[[Any], jax.Array], kernel: Any, block: Any, geo: Geometry) -> jax.Array:
