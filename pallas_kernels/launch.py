@@ -270,19 +270,20 @@ _DECODE = {
 _ATTEND = {
     "bf16": {
         "forward": {
-            **{63: (128, 32, 8, 2), 128: (128, 64, 8, 2), 160: (64, 32, 8, 2), 255: (64, 16, 8, 2)},
-            **{256: (64, 32, 8, 2)},
+            **{32: (128, 64, 8, 2), 63: (128, 32, 8, 2), 128: (128, 64, 8, 2)},
+            **{160: (64, 32, 8, 2), 255: (64, 16, 8, 2), 256: (64, 32, 8, 2)},
         },
         "d_query": {64: (128, 64, 8, 2), 127: (64, 32, 8, 2), 128: (64, 64, 8, 2), 256: (32, 32, 8, 2)},
         "d_key_value": {
-            **{64: (32, 64, 8, 2), 96: (16, 64, 8, 2), 127: (16, 64, 4, 2), 128: (32, 64, 8, 2), 256: (16, 32, 8, 2)},
+            **{32: (64, 64, 8, 2), 64: (32, 64, 8, 2), 96: (16, 64, 8, 2), 127: (16, 64, 4, 2), 128: (32, 64, 8, 2)},
+            **{256: (16, 32, 8, 2)},
         },
         "d_bias": {64: (64, 64, 8, 1), 128: (64, 32, 4, 1), 256: (64, 32, 8, 1)},
     },
     "fp16": {
         "forward": {
-            **{63: (128, 32, 8, 2), 128: (128, 64, 8, 2), 160: (64, 32, 8, 2), 255: (64, 16, 8, 2)},
-            **{256: (64, 32, 8, 2)},
+            **{32: (128, 64, 8, 2), 63: (128, 32, 8, 2), 128: (128, 64, 8, 2)},
+            **{160: (64, 32, 8, 2), 255: (64, 16, 8, 2), 256: (64, 32, 8, 2)},
         },
         "d_query": {64: (64, 64, 8, 2), 128: (64, 32, 8, 2), 256: (64, 32, 8, 1)},
         "d_key_value": {
@@ -293,15 +294,15 @@ _ATTEND = {
     "tf32x3": {
         "forward": {64: (64, 32, 8, 2), 128: (64, 16, 8, 2), 256: (32, 16, 8, 2)},
         "d_query": {64: (64, 16, 8, 1), 256: (32, 16, 8, 1)},
-        "d_key_value": {63: (16, 32, 8, 1), 64: (32, 32, 8, 1), 256: (16, 32, 8, 1)},
+        "d_key_value": {32: (32, 32, 8, 1), 63: (16, 32, 8, 1), 64: (32, 32, 8, 1), 256: (16, 32, 8, 1)},
         "d_bias": {64: (32, 32, 8, 1), 256: (32, 16, 8, 1)},
     },
 }
 
 # Of what compiles for Hopper without spills, what an H200 ran fastest at widths of 64, 128 and 256: as above, then the
 # most columns of a part of a row and whether rows are read again. Rows for others were chosen by compiling alone.
-# "more": under any load; "blocks": under that of scattered ones.
-# Four warps issue one product of 64 rows, whose scores and sums stay in their registers.
+# "more": under any load; "blocks": under that of scattered ones. Four warps issue one product of 64 rows, whose scores
+# and sums stay in their registers.
 _HOPPER: dict[str, dict[str, dict[int, tuple[int, int, int, int, int, bool]]]] = {
     "bf16": {
         "forward": {128: (64, 64, 4, 3, 256, False), 256: (128, 64, 8, 2, 256, False)},
@@ -314,9 +315,9 @@ _HOPPER: dict[str, dict[str, dict[int, tuple[int, int, int, int, int, bool]]]] =
             **{256: (64, 64, 8, 2, 64, True)},
         },
         "d_key_value more": {
-            **{63: (32, 64, 4, 2, 256, False), 64: (64, 64, 4, 2, 256, False), 127: (32, 64, 8, 2, 256, False)},
-            **{128: (32, 64, 4, 2, 256, False), 192: (64, 64, 8, 2, 64, True), 255: (32, 64, 8, 2, 64, True)},
-            **{256: (64, 64, 8, 2, 64, True)},
+            **{32: (64, 64, 4, 2, 256, False), 63: (32, 64, 4, 2, 256, False), 64: (64, 64, 4, 2, 256, False)},
+            **{127: (32, 64, 8, 2, 256, False), 128: (32, 64, 4, 2, 256, False), 192: (64, 64, 8, 2, 64, True)},
+            **{255: (32, 64, 8, 2, 64, True), 256: (64, 64, 8, 2, 64, True)},
         },
         "d_key_value blocks": {
             **{64: (32, 64, 4, 2, 256, False), 127: (32, 64, 8, 2, 256, False), 128: (32, 128, 8, 3, 256, False)},
@@ -341,8 +342,14 @@ _HOPPER: dict[str, dict[str, dict[int, tuple[int, int, int, int, int, bool]]]] =
         "d_key_value blocks": {64: (32, 64, 4, 2, 256, False), 128: (32, 64, 8, 2, 256, False)},
     },
     "tf32x3": {
-        "forward": {63: (64, 32, 4, 1, 32, False), 64: (64, 64, 4, 1, 32, False), 128: (64, 32, 4, 1, 32, False)},
-        "d_query": {63: (64, 32, 4, 1, 64, False), 64: (64, 64, 4, 1, 64, False), 128: (64, 32, 4, 1, 64, True)},
+        "forward": {
+            **{32: (64, 64, 4, 1, 32, False), 63: (64, 32, 4, 1, 32, False), 64: (64, 64, 4, 1, 32, False)},
+            **{128: (64, 32, 4, 1, 32, False)},
+        },
+        "d_query": {
+            **{32: (64, 64, 4, 1, 64, False), 63: (64, 32, 4, 1, 64, False), 64: (64, 64, 4, 1, 64, False)},
+            **{128: (64, 32, 4, 1, 64, True)},
+        },
         "d_query blocks": {64: (64, 32, 4, 1, 64, False), 128: (64, 32, 4, 1, 64, True)},
         "d_key_value": {64: (32, 128, 8, 1, 64, False)},
     },
