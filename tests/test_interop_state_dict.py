@@ -215,7 +215,7 @@ def test_one_error_names_all_that_is_wrong_and_nothing_is_set():
             ValueError,
             "give prefix=",
         ),
-        (lambda w: load_torch_state_dict(evo_jax.CUDA.linear(32, 4, 2), w), ValueError, "made without num_kv_heads"),
+        (lambda w: load_torch_state_dict(evo_jax.CUDA.linear(32, 4, num_kv_heads=2), w), ValueError, "made without"),
         (lambda w: CUDA.linear(32, 4, num_kv_heads=2).load_state_dict(w), RuntimeError, "made without num_kv_heads"),
         (lambda w: load_torch_state_dict(nnx.Linear(32, 32, rngs=nnx.Rngs(0)), w), TypeError, "Linear is not one of"),
         (lambda w: to_torch_state_dict(nnx.Linear(32, 32, rngs=nnx.Rngs(0))), TypeError, "Linear is not one of"),
