@@ -24,7 +24,8 @@ class AttentionOptions(TypedDict, total=False):
     """What flash, sliding-window, sparse and multi-scale attention take besides their pattern.
 
     is_causal: token i sees tokens up to i (True, the default); False: the pattern alone decides.
-    q_offset: position of query 0 among the keys, an integer or (B,) of them; None: the last query is on the last key.
+    q_offset: position of query 0 among the keys, an integer of at most 2**29 either way or (B,) of them; None: the last
+        query is on the last key.
     bias: float, broadcastable to (B, N, T, S), added to the scores after soft cap; exact gradient; -inf hides a key, as
         does what is under -2.3e38, finfo(float32).min with it.
     mask: bool, broadcastable to (B, N, T, S), False hides a key, besides causality and pattern.

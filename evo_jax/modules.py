@@ -141,7 +141,8 @@ class LinearAttention(GroupedHeads):
         rngs: `nnx.Rngs` with a `params` (or default) stream; parameters are drawn here, not at the first call.
 
     Raises:
-        ValueError: sizes that do not divide, or an unknown feature map. TypeError: a dtype that is not a float.
+        ValueError: sizes that do not divide, an unknown feature map, eps that is negative, or eps or scale that is not
+            finite. TypeError: a dtype that is not a float.
 
     >>> import jax.numpy as jnp, evo_jax
     >>> from flax import nnx

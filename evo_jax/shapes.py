@@ -272,7 +272,7 @@ def additive(op: str, mask: Any) -> None:
     if (host == 1).any() and ((host == 0) | (host == 1)).all():
         raise ValueError(
             f"{op}: attention_mask {mask.shape} of {mask.dtype.name} holds only 0 and 1, and a float mask of four axes "
-            "is added to the scores; for 1 = attend pass mask.astype(bool)"
+            "is added to the scores; for 1 = attend pass a bool mask"
         )
 
 

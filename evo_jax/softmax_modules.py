@@ -127,6 +127,7 @@ class SoftmaxAttention(GroupedHeads):
             attention_mask: (B, L), (B, 1, L), (B, 1, L, 1) or, of keys, (B, 1, 1, L): 1 or True for a valid token,
                 besides causality and pattern; the row of a masked token is 0. Or a mask of pairs, broadcastable to (B,
                 N, L, L), bool (True = attend) or float (added to the scores), which takes the place of causality.
+                One of float that holds only 0 and 1 is refused: it was meant as bool.
             position_embeddings: (cos, sin) of the tokens' positions, (L, D), (B, L, D) or (1, L, 1, D), as from
                 evo_jax.rotary_embedding, which turn queries and keys.
             segment_ids: (B, L) integers; a token sees its own segment alone, and a negative id is no token.

@@ -279,6 +279,8 @@ def test_masks_of_keys_come_on_top_of_causality_with_a_cache_too(kind):
     alone, cache = layer(x[:, :1], cache=layer.init_cache(B, 3), attention_mask=np.zeros((B, 1, 1, 1), np.float32))
     assert cache.lengths.tolist() == [1] * B
     assert_close("first", alone, layer(x[:, :1])[0], 1e-6)
+    with pytest.raises(ValueError, match="holds only 0 and 1"):
+        layer(x[:, 7:], cache=first, attention_mask=seen[:, None, None].astype(np.float32))
 
 
 @pytest.mark.parametrize("kind", ["FlashAttention", "SlidingWindowAttention", "LinearAttention", "EvoAttention"])

@@ -37,11 +37,26 @@ def test_decode_equals_oracle(case):
     check_attend(small, case)
 
 
-def _cache(batch: int, queries: int, keys: int, heads: tuple[int, int], dtypes: Any = ("float32",) * 2) -> AttendInputs:
-    """Standard normal arrays of width 16, without a mask; dtypes of queries, and of keys and values."""
+def test_decode_under_vmap():
+    """With more axes XLA's CPU compiler corrupted memory where the splits are merged, and ended the process."""
+    inputs = _cache(3, 5, 700, (2, 1), ("bfloat16", "bfloat16"), width=128)
+    queries, run = (
+        jnp.stack([inputs.query, inputs.query[::-1]]),
+        partial(attend, spec=AttendSpec(0.25), mode="interpret"),
+    )
+    out = jax.jit(jax.vmap(lambda query: run(inputs._replace(query=query))[0]))(queries)
+    for one, query in zip(out, queries, strict=True):
+        assert_close("out", one, attend_dense(inputs._replace(query=query), AttendSpec(0.25))[0], 5e-3)
+
+
+def _cache(
+    batch: int, queries: int, keys: int, heads: tuple[int, int], dtypes: Any = ("float32",) * 2, width: int = 16
+) -> AttendInputs:
+    """Standard normal arrays without a mask; dtypes of queries, and of keys and values."""
     rng = np.random.default_rng(1)
     draw = lambda *shape: jnp.asarray(rng.normal(size=shape).astype(np.float32))  # noqa: E731
-    query, key, value = (draw(batch, n, h, 16) for n, h in ((queries, heads[0]), (keys, heads[1]), (keys, heads[1])))
+    sizes = (queries, heads[0]), (keys, heads[1]), (keys, heads[1])
+    query, key, value = (draw(batch, n, h, width) for n, h in sizes)
     return AttendInputs(query.astype(dtypes[0]), key.astype(dtypes[1]), value.astype(dtypes[1]), Mask())
 
 
