@@ -148,14 +148,26 @@ def reciprocal(x: jax.Array) -> jax.Array:
     return 1.0 / x if _interpreted.get() else _approximate("rcp", x)
 
 
+def fma(a: jax.Array, b: Any, c: Any) -> jax.Array:
+    """a * b + c in float32, rounded once where it is one instruction: the compiler never makes it of two."""
+    if _interpreted.get():
+        return a * b + c
+    return _instruction("fma.rn.f32", a, *(jnp.broadcast_to(jnp.asarray(x, jnp.float32), a.shape) for x in (b, c)))
+
+
 def _approximate(name: str, x: jax.Array) -> jax.Array:
     """What Triton makes of the same functions guards against subnormal numbers, with four more instructions."""
+    return _instruction(f"{name}.approx.ftz.f32", x)
+
+
+def _instruction(name: str, *args: jax.Array) -> jax.Array:
+    """One instruction of PTX on float32 arrays of one shape."""
     (out,) = pltriton.elementwise_inline_asm(
-        f"{name}.approx.ftz.f32 $0, $1;",
-        args=[x],
-        constraints="=f,f",
+        f"{name} {', '.join(f'${n}' for n in range(len(args) + 1))};",
+        args=list(args),
+        constraints=",".join(["=f", *["f"] * len(args)]),
         pack=1,
-        result_shape_dtypes=[jax.ShapeDtypeStruct(x.shape, jnp.float32)],
+        result_shape_dtypes=[jax.ShapeDtypeStruct(args[0].shape, jnp.float32)],
     )
     return out
 
@@ -166,6 +178,7 @@ __all__ = [
     "block",
     "call",
     "exp2",
+    "fma",
     "load",
     "load_one",
     "load_scalar",

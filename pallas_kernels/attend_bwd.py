@@ -40,7 +40,7 @@ def backward(
     delta = (out.astype(jnp.float32) * d_out.astype(jnp.float32)).sum(-1) - d_lse
     unseen = lse == -jnp.inf
     delta = jnp.where(unseen, 0, delta.transpose(0, 2, 1))
-    extra = Refs(out=d_out, lse=jnp.where(unseen, jnp.inf, lse), delta=delta)  # so that all weights come out 0
+    extra = Refs(out=d_out, lse=jnp.where(unseen, -jnp.inf, -lse), delta=delta)  # so that all weights come out 0
     d_key, d_value = _d_key_value(inputs, extra, plan)
     return Gradients(
         _d_query(inputs, extra, plan), d_key, d_value, _d_bias(inputs, extra, plan), _d_sinks(inputs, lse, delta)
@@ -110,7 +110,7 @@ class _Rows(NamedTuple):
     i: t.Tokens
     q: t.Rows
     d_out: t.Rows
-    lse: jax.Array  # on the queries' axis; +inf where nothing is seen
+    minus_lse: jax.Array  # on the queries' axis; -inf where nothing is seen
     delta: jax.Array
 
 
@@ -149,7 +149,7 @@ def _weights(
     """Of one tile, queries on `axis`."""
     multiply = (lambda a, b: t.product(task, a, b)) if axis == 0 else (lambda a, b: t.product(task, b, a))
     scores, slope = t.scores(multiply(rows.q, columns.k), refs, place, rows.i, columns.j, task, masked)
-    p = plk.exp2(scores - rows.lse)
+    p = plk.exp2(plk.fma(scores, t.score_scale(refs, task), rows.minus_lse))
     drop = partial(t.dropped, refs=refs, place=place, i=rows.i, j=columns.j, task=task)
     scale = 1 / (1 - task.spec.dropout_rate)
     d_p = drop(multiply(rows.d_out, columns.v)) * scale

@@ -145,7 +145,7 @@ def _tile(refs: Refs, outs: Refs, place: t.Place, task: Task) -> None:
             v = t.rows(refs.value, place, j, value_width, task)
             return tuple(task.dots(weights, v.part(n)) for n in range(len(v.parts)))
 
-        return update(state, scores, dot, plk.exp2)
+        return update(state, scores, dot, plk.exp2, t.score_scale(refs, task), plk.fma)
 
     size = task.tiling.block_q
     acc = tuple(jnp.zeros((size, columns), jnp.float32) for _, columns in task.parts(value_width))

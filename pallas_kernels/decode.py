@@ -116,7 +116,7 @@ def _kernel(refs: Refs, outs: Refs, *, task: Task) -> None:
         k, v = (t.rows(x, place, j, w, task) for x, w in ((refs.key, width), (refs.value, value_width)))
         scores, _ = t.scores(t.product(task, q, k), refs, place, i, j, task, masked)
         dot = lambda weights: tuple(task.dots(weights, v.part(n)) for n in range(len(v.parts)))  # noqa: E731
-        return update(state, scores, dot, plk.exp2)
+        return update(state, scores, dot, plk.exp2, t.score_scale(refs, task), plk.fma)
 
     size = task.tiling.block_q
     acc = tuple(jnp.zeros((size, columns), jnp.float32) for _, columns in task.parts(value_width))

@@ -194,11 +194,13 @@ def queries(refs: Refs, place: Place, tile: Any, task: Task, axis: int) -> Token
         (head,) = place.of(refs.windows, None, 0)
         left, right = (plk.load_one(refs.windows, head, n) for n in (0, 1))
     position = (index if task.group == 1 else lax.div(index, jnp.int32(task.group))) + offset
-    blocks = () if refs.table is None else _random_blocks(refs.table, place, position, inside, task)
+    blocks: tuple[Any, ...] = ()
+    if refs.table is not None:
+        first = start + offset if _of_one_block(refs, task) else across(position)
+        blocks = _random_blocks(refs.table, place, first, task)
     ragged = refs.q_lengths is not None or length % size
     live = across(index < _length(refs.q_lengths, length, place)) if ragged else None
-    facts = Queries(across(position), left, right, live, None if segment is None else across(segment),
-                    tuple(across(block) for block in blocks))  # fmt: skip
+    facts = Queries(across(position), left, right, live, None if segment is None else across(segment), blocks)
     return Tokens(start, index, inside, here, across(index), facts)
 
 
@@ -210,7 +212,10 @@ def keys(refs: Refs, place: Place, tile: Any, task: Task, axis: int) -> Tokens:
     across = partial(jnp.expand_dims, axis=1 - axis)
     ragged = refs.kv_lengths is not None or length % size
     live = across(index < _length(refs.kv_lengths, length, place)) if ragged else None
-    facts = Keys(across(index), live, None if segment is None else across(segment))
+    block = None
+    if refs.table is not None:  # one number, where a tile lies in one block
+        block = lax.div(across(index) if task.pattern.block_size % size else start, jnp.int32(task.pattern.block_size))
+    facts = Keys(across(index), live, None if segment is None else across(segment), block)
     return Tokens(start, index, inside, here, across(index), facts)
 
 
@@ -229,16 +234,25 @@ def _tokens(start: Any, size: int, length: int, lengths: Any, segments: Any, pla
     return index, inside, here & (segment >= 0), jnp.where(inside, segment, -1)
 
 
-def _random_blocks(table: Any, place: Place, position: jax.Array, inside: jax.Array, task: Task) -> tuple[Any, ...]:
-    """Of each query, one array for each random block; -1 for none."""
+def _of_one_block(refs: Refs, task: Task) -> bool:
+    """Whether each tile of queries lies in one block of positions."""
+    size, pattern = task.tiling.block_q, task.pattern
+    return refs.offset is None and task.group == 1 and pattern.block_size % size == pattern.offset % size == 0
+
+
+def _random_blocks(table: Any, place: Place, position: jax.Array, task: Task) -> tuple[Any, ...]:
+    """Of queries at `position`, an array or one number for them all: each of their random blocks, -1 for none."""
     (head,) = place.of(table, None, 0)
     block = lax.div(jnp.maximum(position, 0), jnp.int32(task.pattern.block_size))
-    known = inside & (position >= 0) & (block < table.shape[1])
+    known = (position >= 0) & (block < table.shape[1])
     block = jnp.minimum(block, table.shape[1] - 1)
 
     def drawn(r: int) -> jax.Array:
-        index = (jnp.full_like(block, head), block, jnp.full_like(block, r))
-        return jnp.where(known, plk.load(table, index, known), -1)
+        if block.ndim == 0:
+            number = plk.load_one(table, head, block, r)
+        else:
+            number = plk.load(table, (jnp.full_like(block, head), block, jnp.full_like(block, r)), known)
+        return jnp.where(known, number, -1)
 
     return tuple(drawn(r) for r in range(task.pattern.num_random))
 
@@ -390,9 +404,9 @@ def product(task: Task, a: Rows, b: Rows) -> jax.Array:
 def scores(
     products: jax.Array, refs: Refs, place: Place, i: Tokens, j: Tokens, task: Task, masked: bool
 ) -> tuple[jax.Array, Any]:
-    """(scores in base 2, -inf where hidden; the slope of their cap)."""
-    spec = task.base_2
-    values = capped(products, spec)
+    """(scores, -inf where hidden; the slope of their cap): in base 2 once they are multiplied by score_scale."""
+    spec = replace(task.base_2, scale=task.base_2.scale / score_scale(refs, task))
+    values = products if spec.scale == 1 and spec.soft_cap is None else capped(products, spec)
     slope = cap_slope(values, spec)
     if refs.bias is not None:
         values = values + pairs(refs.bias, place, i, j).astype(jnp.float32) * LOG2_E
@@ -401,6 +415,12 @@ def scores(
         seen = seen if refs.keep is None else seen & pairs(refs.keep, place, i, j)
         values = jnp.where(seen, values, -jnp.inf)
     return values, slope
+
+
+def score_scale(refs: Refs, task: Task) -> float:
+    """What `scores` leaves to who uses them, positive: all of the scale where only a difference comes after it."""
+    scale = task.base_2.scale
+    return scale if refs.bias is None and task.spec.soft_cap is None and 2.0**-100 < scale < 2.0**100 else 1.0
 
 
 def dropped(weights: jax.Array, refs: Refs, place: Place, i: Tokens, j: Tokens, task: Task) -> jax.Array:

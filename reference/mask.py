@@ -10,8 +10,9 @@ A query that may see no key gives 0, its log-sum-exp is -inf, and nothing flows 
 """
 
 from dataclasses import dataclass, field
-from functools import partial
+from functools import partial, reduce
 from itertools import groupby, pairwise
+from operator import and_, or_
 from typing import Any, NamedTuple
 
 import jax
@@ -80,25 +81,34 @@ class Keys(NamedTuple):
     index: Any  # j
     live: Any = None  # bool
     segment: Any = None
+    block: Any = None  # j // block_size, where there are random blocks
 
 
 def allows(pattern: Pattern, q: Queries, k: Keys) -> Array:
-    """The rule, elementwise; bool of the broadcast shape. It runs inside kernels too."""
-    distance = q.position - k.index
-    seen = distance == distance
+    """The rule, elementwise; bool of the broadcast shape. It runs inside kernels too.
+
+    Of each pair it asks as little as it can, for kernels spend their time there: band and causality are one unsigned
+    comparison, whose bounds a key that is seen wherever it lies moves out of the way.
+    """
+    conditions = [live for live in (q.live, k.live) if live is not None]
     if pattern.banded:
-        seen = (distance <= q.left) & (-distance <= q.right)
+        far = [k.block == block for block in q.random]
         if pattern.num_global:
-            seen = seen | (k.index < pattern.num_global) | (q.position < pattern.num_global)
-        for block in q.random:
-            seen = seen | (lax.div(k.index, jnp.int32(pattern.block_size)) == block)
-    if pattern.causal:
-        seen = seen & (distance >= 0)
-    for live in (q.live, k.live):
-        seen = seen if live is None else seen & live
+            far += [k.index < pattern.num_global] + [q.position < pattern.num_global] * (not pattern.causal)
+        left, right = _reach(far, q.left), jnp.uint32(0) if pattern.causal else _reach(far, q.right)
+        distance = (q.position - k.index).astype(jnp.uint32)  # of a later key, 2**32 less what it is before
+        conditions.append(distance + right <= left + right)
+    elif pattern.causal:
+        conditions.append(k.index <= q.position)
     if q.segment is not None:
-        seen = seen & (q.segment == k.segment) & (k.segment >= 0)
-    return seen
+        conditions += [q.segment == k.segment, k.segment >= 0]
+    everywhere = jnp.ones(jnp.broadcast_shapes(jnp.shape(q.position), jnp.shape(k.index)), bool)
+    return reduce(and_, conditions, everywhere)
+
+
+def _reach(far: list[Any], window: Any) -> Any:
+    window = jnp.asarray(window).astype(jnp.uint32)
+    return jnp.where(reduce(or_, far), jnp.uint32(FAR), window) if far else window
 
 
 def window_runs(windows: Any, heads: int, group: int) -> list[tuple[int, int, Any]]:
@@ -144,7 +154,8 @@ def queries_of(mask: Mask, b: Any, h: Any, i: Any, table: Any, group: int) -> Qu
 def keys_of(mask: Mask, b: Any, j: Any) -> Keys:
     """The facts of keys j of sequences b."""
     live = None if mask.kv_lengths is None else j < mask.kv_lengths[b]
-    return Keys(j, live, None if mask.kv_segments is None else mask.kv_segments[b, j])
+    block = lax.div(j, jnp.int32(mask.pattern.block_size)) if mask.pattern.num_random else None
+    return Keys(j, live, None if mask.kv_segments is None else mask.kv_segments[b, j], block)
 
 
 def allowed(mask: Mask, shape: tuple[int, int, int, int], kv_heads: int) -> Array:

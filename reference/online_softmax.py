@@ -21,16 +21,25 @@ class SoftmaxState(NamedTuple):
     acc: tuple[Array, ...]  # (..., rows, columns) sums of exp2(score - top) * value
 
 
+def _multiply_add(a: Array, b: Any, c: Array) -> Array:
+    return a * b + c
+
+
 def update(
     state: SoftmaxState,
     scores: Array,
     dot: Callable[[Array], tuple[Array, ...]],
     exp2: Callable[[Array], Array] = jnp.exp2,
+    scale: float = 1.0,
+    fma: Callable[[Array, Any, Array], Array] = _multiply_add,
 ) -> SoftmaxState:
-    """The state with one more tile: scores (..., rows, keys), -inf where hidden; dot(weights) sums weighted values."""
-    top = jnp.maximum(state.top, scores.max(-1))
+    """The state with one more tile: scores (..., rows, keys), -inf where hidden; dot(weights) sums weighted values.
+
+    `scale`, which is positive, takes the scores to base 2: in kernels by the same instruction that subtracts.
+    """
+    top = jnp.maximum(state.top, scores.max(-1) * scale)
     base = jnp.where(top == -jnp.inf, 0.0, top)  # no key yet: all weights come out 0, not NaN
-    weights, old = exp2(scores - base[..., None]), exp2(state.top - base)
+    weights, old = exp2(fma(scores, scale, -base[..., None])), exp2(state.top - base)
     acc = tuple(a * old[..., None] + new for a, new in zip(state.acc, dot(weights), strict=True))
     return SoftmaxState(top, state.total * old + weights.sum(-1), acc)
 
