@@ -169,7 +169,7 @@ def gate_of(
     """One column block of the gate silu(r) v, from that of g (None in the non-causal form, where it is constant)."""
     v = load_v(inputs, rows, block, geo)
     gated = t.prefix(tables.gated, chunk, block, v if g is None else g * v, geo).astype(jnp.float32)
-    denominator = jnp.abs(gated) + jnp.abs(local_of_v(inputs, rows, block, geo)) + t.DEN_EPS
+    denominator = jnp.abs(gated) + (jnp.abs(local_of_v(inputs, rows, block, geo)) + t.DEN_EPS)
     ratio = q_of_query(inputs, rows, block, geo) * plk.reciprocal(denominator)
     return ratio * t.sigmoid(ratio) * v
 
@@ -192,8 +192,9 @@ def _output_kernel(inputs: Inputs, tables: Tables, out_ref: Any, *, geo: Geometr
 def store_normalised(inputs: Inputs, rows: t.Rows, parts: list, out_ref: Any, geo: Geometry) -> None:
     """Scale, shift, zero the absent rows, write."""
     for block, x_hat in parts:
-        scale = t.load_columns(inputs.params.norm_scale, block, geo)[None, :]
-        out = x_hat * scale + t.load_columns(inputs.params.norm_bias, block, geo)[None, :]
+        params = inputs.params
+        scale, bias = (t.load_columns(x, block, geo)[None, :] for x in (params.norm_scale, params.norm_bias))
+        out = plk.fma(x_hat, scale, bias)
         if geo.absent:
             out = jnp.where(rows.live[:, None], out, 0.0)
         t.store_tile(out_ref, rows.index, rows.inside, block, out, geo)

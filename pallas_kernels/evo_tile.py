@@ -65,15 +65,15 @@ class Rows:
     count: jax.Array  # (C,) float32 divisor of the running mean
 
 
-def chunk_rows(rows_ref: Any, chunk: Any, geo: Geometry, first: Any = 0, reverse: bool = False) -> Rows:
+def chunk_rows(rows_ref: Any, chunk: Any, geo: Geometry, first: Any = None, reverse: bool = False) -> Rows:
     """Rows of chunk `chunk` of the segment whose first chunk is `first`.
 
     `reverse` lists them from last to first, so that a cumsum down them is a suffix sum.
     """
     step = plk.arange(geo.chunk)
     local = chunk * geo.chunk + (geo.chunk - 1 - step if reverse else step)
-    index = first * geo.chunk + local
-    inside = index < geo.length
+    index = local if first is None else first * geo.chunk + local
+    inside = jnp.ones((geo.chunk,), bool) if first is None and geo.length % geo.chunk == 0 else index < geo.length
     if rows_ref is None:
         count = (index + 1).astype(jnp.float32) if geo.causal else jnp.full((geo.chunk,), geo.length, jnp.float32)
         return Rows(index, local, inside, inside, inside, count)
@@ -86,7 +86,7 @@ def chunk_rows(rows_ref: Any, chunk: Any, geo: Geometry, first: Any = 0, reverse
 def columns(block: Any, geo: Geometry) -> tuple[jax.Array, jax.Array]:
     """Column numbers of a block and which of them exist."""
     index = block * geo.block + plk.arange(geo.block)
-    return index, index < geo.width
+    return index, index < geo.width if geo.width % geo.block else jnp.ones((geo.block,), bool)
 
 
 def load_tile(ref: Any, index: jax.Array, mask: jax.Array, block: Any, geo: Geometry) -> jax.Array:
@@ -110,7 +110,7 @@ def load_columns(ref: Any, block: Any, geo: Geometry) -> jax.Array:
 def load_carry(ref: Any, chunk: Any, block: Any, geo: Geometry) -> jax.Array:
     """(w,) piece of a row of a carry table: that of the chunk, or the only one of the non-causal form."""
     column, ok = columns(block, geo)
-    return plk.load(ref, (jnp.minimum(chunk, ref.shape[0] - 1), column), ok)
+    return plk.load(ref, (jnp.clip(chunk, 0, ref.shape[0] - 1), column), ok)
 
 
 def store_carry(ref: Any, chunk: Any, block: Any, value: jax.Array, geo: Geometry) -> None:
