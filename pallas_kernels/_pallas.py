@@ -148,6 +148,20 @@ def reciprocal(x: jax.Array) -> jax.Array:
     return 1.0 / x if _interpreted.get() else _approximate("rcp", x)
 
 
+def narrowed(x: jax.Array, dtype: Any) -> jax.Array:
+    """float32 values in `dtype`. Two become bfloat16 in one instruction, where the compiler may find two slow ones."""
+    if jnp.dtype(dtype) != jnp.bfloat16 or x.dtype != jnp.float32 or _interpreted.get():
+        return x.astype(dtype)
+    (out,) = pltriton.elementwise_inline_asm(
+        "cvt.rn.bf16x2.f32 $0, $2, $1;",
+        args=[x],
+        constraints="=r,f,f",
+        pack=2,
+        result_shape_dtypes=[jax.ShapeDtypeStruct(x.shape, jnp.bfloat16)],
+    )
+    return out
+
+
 def fma(a: jax.Array, b: Any, c: Any) -> jax.Array:
     """a * b + c in float32, rounded once where it is one instruction: the compiler never makes it of two."""
     if _interpreted.get():
@@ -182,6 +196,7 @@ __all__ = [
     "load",
     "load_one",
     "load_scalar",
+    "narrowed",
     "per_group",
     "program_id",
     "reciprocal",

@@ -28,7 +28,8 @@ from pallas_kernels.evo_tile import Geometry
 
 def _tile_of(first_ref: Any, inputs: Inputs, geo: Geometry, reverse: bool = False) -> tuple[Any, Any, Any, t.Rows]:
     """(column block, chunk of the segment, chunk of the sequence, rows) of this program."""
-    block, chunk, first = plk.program_id(0), plk.program_id(1), plk.load_scalar(first_ref)
+    block, chunk = plk.program_id(0), plk.program_id(1)
+    first = jnp.maximum(plk.load_scalar(first_ref), 0)  # for the audit of accesses: no segment starts before the first
     return block, chunk, first + chunk, t.chunk_rows(inputs.rows, chunk, geo, first, reverse)
 
 

@@ -66,14 +66,15 @@ class Rows:
 
 
 def chunk_rows(rows_ref: Any, chunk: Any, geo: Geometry, first: Any = None, reverse: bool = False) -> Rows:
-    """Rows of chunk `chunk` of the segment whose first chunk is `first`.
+    """Rows of chunk `chunk` of the segment whose first chunk is `first`, or of the whole sequence (None).
 
     `reverse` lists them from last to first, so that a cumsum down them is a suffix sum.
     """
     step = plk.arange(geo.chunk)
     local = chunk * geo.chunk + (geo.chunk - 1 - step if reverse else step)
     index = local if first is None else first * geo.chunk + local
-    inside = jnp.ones((geo.chunk,), bool) if first is None and geo.length % geo.chunk == 0 else index < geo.length
+    all_exist = rows_ref is None and first is None and geo.length % geo.chunk == 0
+    inside = jnp.ones((geo.chunk,), bool) if all_exist else index < geo.length
     if rows_ref is None:
         count = (index + 1).astype(jnp.float32) if geo.causal else jnp.full((geo.chunk,), geo.length, jnp.float32)
         return Rows(index, local, inside, inside, inside, count)
@@ -110,7 +111,7 @@ def load_columns(ref: Any, block: Any, geo: Geometry) -> jax.Array:
 def load_carry(ref: Any, chunk: Any, block: Any, geo: Geometry) -> jax.Array:
     """(w,) piece of a row of a carry table: that of the chunk, or the only one of the non-causal form."""
     column, ok = columns(block, geo)
-    return plk.load(ref, (jnp.clip(chunk, 0, ref.shape[0] - 1), column), ok)
+    return plk.load(ref, (jnp.minimum(chunk, ref.shape[0] - 1), column), ok)
 
 
 def store_carry(ref: Any, chunk: Any, block: Any, value: jax.Array, geo: Geometry) -> None:

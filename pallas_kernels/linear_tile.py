@@ -91,7 +91,7 @@ class Rows:
             x = jnp.exp(jnp.minimum(x - highest, 0.0)) / total
         else:
             x = FEATURES[self.feature_map](x)
-        return jnp.where(self.tokens.live[:, None] & columns.ok[None, :], x, 0.0).astype(dtype)
+        return plk.narrowed(jnp.where(self.tokens.live[:, None] & columns.ok[None, :], x, 0.0), dtype)
 
 
 def rows_of(operand: Operand, feature_map: str | None, tokens: Tokens, head: Any, width: int, size: int) -> Rows:

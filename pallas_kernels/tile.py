@@ -243,9 +243,9 @@ def _of_one_block(refs: Refs, task: Task) -> bool:
 def _random_blocks(table: Any, place: Place, position: jax.Array, task: Task) -> tuple[Any, ...]:
     """Of queries at `position`, an array or one number for them all: each of their random blocks, -1 for none."""
     (head,) = place.of(table, None, 0)
-    block = lax.div(jnp.maximum(position, 0), jnp.int32(task.pattern.block_size))
+    block = lax.div(position, jnp.int32(task.pattern.block_size))
     known = (position >= 0) & (block < table.shape[1])
-    block = jnp.minimum(block, table.shape[1] - 1)
+    block = jnp.clip(block, 0, table.shape[1] - 1)
 
     def drawn(r: int) -> jax.Array:
         if block.ndim == 0:
