@@ -148,7 +148,7 @@ def _json(results: Results) -> str:
 def _cells(options: argparse.Namespace) -> list[matrix.Cell]:
     """What to compile: programs of the shape that was given, or a part of the matrix, or all of it."""
     sizes = {name: getattr(options, name) for name in _SIZES.values() if getattr(options, name) is not None}
-    sizes = {**_shape(options.shape), **sizes}
+    sizes = {**shape_of(options.shape), **sizes}
     if sizes or options.extra or options.not_causal:
         return _any_shape(options, sizes)
     wanted = {"op": options.op, "phase": options.phase, "dtype": options.dtype}
@@ -177,7 +177,7 @@ def _any_shape(options: argparse.Namespace, sizes: dict[str, Any]) -> list[matri
     ]
 
 
-def _shape(text: str) -> dict[str, int]:
+def shape_of(text: str) -> dict[str, int]:
     """Sizes by their names, of text such as "B1,L8192"."""
     sizes = {}
     for part in filter(None, text.split(",")):

@@ -39,6 +39,28 @@ def test_default_launch_equals_oracle(case):
     check_attend(partial(attend, mode="interpret"), case)
 
 
+WHOLE_TILES = (  # random blocks of one number per tile: of queries and keys, of keys alone, of neither
+    AttendCase(250, sparse=(1, 32, 2), windows=((16, 16),), heads=(4, 2)),
+    AttendCase(160, keys=256, sparse=(0, 64, 3), windows=((32, 32),), causal=False, lengths="both"),
+    AttendCase(150, keys=200, sparse=(2, 16, 2), windows=((8, 8),), dtype="bfloat16"),
+    AttendCase(150, keys=190, sparse=(1, 24, 2), windows=((12, 12),), causal=False, offset=-8),
+)
+
+
+@pytest.mark.parametrize("case", WHOLE_TILES, ids=str)
+def test_random_blocks_of_whole_tiles(case):
+    check_attend(small, case)
+
+
+@pytest.mark.parametrize("scale", [-0.3, 0.0, 1e-38, 3.0])
+def test_any_scale(scale):
+    """Also one that cannot be left to the exponent's multiplication, where hidden scores are -inf already."""
+    inputs, spec, cotangents = attend_inputs(AttendCase(100, windows=((20, 0),), heads=(2, 1)))
+    actual, expected = (compiled(op, inputs, replace(spec, scale=scale), cotangents) for op in (small, attend_dense))
+    for name, array in actual.items():
+        assert_close(name, array, expected[name], 1e-5)
+
+
 SHAPES_OF_BIAS = [(50, (1, 1, 1, 40)), (50, (2, 4, 1, 1)), (50, (1, 4, 50, 1)), (50, (2, 1, 50, 1))]
 SHAPES_OF_BIAS += [(1, (2, 4, 1, 1)), (1, (1, 1, 1, 1)), (1, (2, 1, 1, 40))]
 

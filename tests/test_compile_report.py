@@ -13,6 +13,7 @@ import pytest
 from benchmarks import compile_report
 from benchmarks.compile_for import Report, compile_for, missing_wheels
 from benchmarks.examine import problems
+from benchmarks.instructions import listings
 from benchmarks.ptx import find_ptxas, kernel_reports
 from benchmarks.ranges import Range, divide, multiply, remainder
 from benchmarks.targets import TARGETS
@@ -239,6 +240,29 @@ def test_the_bytes_of_a_call_are_those_of_its_arrays(dtype, size):
     fn, args = _call(lambda x_ref, out_ref: None, [((7, 33), dtype)], ((5,), dtype))
     (call,) = triton_calls(lower_abstract(fn, tuple(args), "h100"))
     assert call.bytes == size * (7 * 33 + 5)
+
+
+SASS = """
+	.section	.text.attend_forward,"ax",@progbits
+.text.attend_forward:
+        /*0000*/                   LDC R1, c[0x0][0x28] ;
+.L_x_1:
+        /*0010*/                   FMUL R2, R2, R3 ;
+        /*0020*/              @!P0 FFMA.FTZ R2, R2, R3, R4 ;
+        /*0030*/               @P1 BRA `(.L_x_1) ;
+        /*0040*/                   EXIT ;
+.L_x_2:
+        /*0050*/                   BRA `(.L_x_2);
+	.section	.text.other,"ax",@progbits
+        /*0000*/                   EXIT ;
+"""
+
+
+def test_instructions_are_counted_by_kernel_and_loop():
+    found = listings(SASS)
+    assert {name: listing.whole.total() for name, listing in found.items()} == {"attend_forward": 6, "other": 1}
+    assert found["attend_forward"].loops == [{"FMUL": 1, "FFMA": 1, "BRA": 1}]
+    assert found["other"].loops == []
 
 
 def test_range_arithmetic():
