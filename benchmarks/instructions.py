@@ -18,7 +18,7 @@ from collections import Counter
 from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from benchmarks.compile_for import base_name, lower_placed, missing_wheels
 from benchmarks.compile_report import shape_of
@@ -117,7 +117,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
     allow_no_gpu()
     try:
-        sizes = shape_of(options.shape)
+        sizes: dict[str, Any] = shape_of(options.shape)
         sizes = {"kv_heads": sizes["heads"], **sizes} if "heads" in sizes else sizes
         program = Program(options.op, options.phase, options.dtype, causal=not options.not_causal, **sizes)
     except ValueError as error:
