@@ -84,7 +84,7 @@ def compile_lowered(lowered: jax.stages.Lowered, calls: list[Call], target: str)
     """The report of what was lowered for `target`; `calls` are its Triton kernels."""
     start = time.perf_counter()
     with tempfile.TemporaryDirectory(prefix="compile_report_") as dump:
-        compiled = lowered.compile(compiler_options={"xla_dump_to": dump, **_LEVEL, **_DUMP})
+        compiled = compile_dumping(lowered, dump)
         text = compiled.as_text() or ""  # without the kernels whose results nobody asks for
         names = {call.name for call in calls if 0 not in call.grid and call.name in text}
         kernels, fusions = kernel_reports(Path(dump), lambda entry: base_name(entry, names) is not None)
@@ -104,6 +104,11 @@ def compile_lowered(lowered: jax.stages.Lowered, calls: list[Call], target: str)
         fusions,
         round(time.perf_counter() - start, 2),
     )
+
+
+def compile_dumping(lowered: jax.stages.Lowered, folder: str) -> jax.stages.Compiled:
+    """Compile, and leave PTX and launches of every kernel in `folder`."""
+    return lowered.compile(compiler_options={"xla_dump_to": folder, **_LEVEL, **_DUMP})
 
 
 def compile_once(lowered: jax.stages.Lowered, calls: list[Call], target: str) -> tuple[Report, bool]:

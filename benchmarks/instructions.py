@@ -20,17 +20,16 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from benchmarks.compile_for import base_name, lower_placed, missing_wheels
+from benchmarks.compile_for import base_name, compile_dumping, lower_placed, missing_wheels
 from benchmarks.compile_report import shape_of
 from benchmarks.programs import DTYPES, OPS, PHASES, Program
-from benchmarks.ptx import entries, find_ptxas
+from benchmarks.ptx import assemble, entries
 from benchmarks.targets import TARGETS, allow_no_gpu
 from benchmarks.ttir import triton_calls
 
 _FUNCTION = re.compile(r"^\s*\.section\s+\.text\.(\w+)", re.MULTILINE)
 _LABEL = re.compile(r"^\s*(\.L_\w+):")
 _INSTRUCTION = re.compile(r"/\*[0-9a-f]{4,}\*/\s+(?:\{\s*)?(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_]*)\S*(.*)")
-_DUMP = {"xla_dump_hlo_as_text": True, "xla_dump_emitter_re": "ptx"}
 _SHOWN = 16  # opcodes of a line
 
 
@@ -75,27 +74,16 @@ def find_nvdisasm() -> str | None:
 
 def disassembled(program: Program, target: str, nvdisasm: str) -> dict[str, Listing]:
     """{Triton kernel of `program`: its Listing}, compiled for `target`."""
-    ptxas = find_ptxas()
-    assert ptxas is not None, "the caller has asked for what is missing"
     lowered = lower_placed(*program.build(), target)
     names, result = {call.name for call in triton_calls(lowered)}, {}
     with tempfile.TemporaryDirectory(prefix="instructions_") as dump:
-        lowered.compile(
-            compiler_options={"xla_dump_to": dump, "xla_dump_hlo_as_text": True, "xla_dump_emitter_re": "ptx"}
-        )
+        compile_dumping(lowered, dump)
         for path in sorted(Path(dump).glob("*.ptx")):
-            if not any(base_name(entry, names) for entry, _ in entries(path.read_text())):
-                continue
-            arch = re.search(r"^\.target (\w+)", path.read_text(), re.MULTILINE)
-            assert arch is not None, f"{path.name} names no target"
-            cubin = path.with_suffix(".cubin")
-            _output(ptxas, f"-arch={arch.group(1)}", str(path), "-o", str(cubin))
-            result |= listings(_output(nvdisasm, "-c", str(cubin)))
+            if any(base_name(entry, names) for entry, _ in entries(path.read_text())):
+                assemble(path, cubin := path.with_suffix(".cubin"))
+                command = [nvdisasm, "-c", str(cubin)]
+                result |= listings(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
     return {name: listing for name, listing in result.items() if base_name(name, names)}
-
-
-def _output(*command: str) -> str:
-    return subprocess.run(command, check=True, capture_output=True, text=True, timeout=300).stdout
 
 
 def line(counts: Counter[str]) -> str:

@@ -87,18 +87,23 @@ def count_instructions(body: str) -> dict[str, int]:
     return {name: len(pattern.findall(body)) for name, pattern in _INSTRUCTIONS.items()}
 
 
-def register_usage(path: Path) -> dict[str, dict[str, int]]:
-    """{kernel: its registers and bytes of spills and stack, by the names of KernelReport} of one PTX file."""
+def assemble(path: Path, out: Path | str) -> str:
+    """Write the machine code of one PTX file to `out`, and return what ptxas says of it."""
     arch = re.search(r"^\.target (\w+)", path.read_text(), re.MULTILINE)
     assert arch is not None, f"{path.name} names no target"
     ptxas = find_ptxas()
     if ptxas is None:
         raise FileNotFoundError("no ptxas: install the nvidia-cuda-nvcc wheel (13.0 or later) beside jax-cuda13-plugin")
-    command = [ptxas, "-v", f"-arch={arch.group(1)}", str(path), "-o", "/dev/null"]
+    command = [ptxas, "-v", f"-arch={arch.group(1)}", str(path), "-o", str(out)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
     if done.returncode:
         raise RuntimeError(f"ptxas refused {path.name}: {(done.stderr or done.stdout).strip()[:2000]}")
-    usage = _USAGE.findall(done.stderr + done.stdout)
+    return done.stderr + done.stdout
+
+
+def register_usage(path: Path) -> dict[str, dict[str, int]]:
+    """{kernel: its registers and bytes of spills and stack, by the names of KernelReport} of one PTX file."""
+    usage = _USAGE.findall(assemble(path, "/dev/null"))
     fields = ("stack_bytes", "spill_store_bytes", "spill_load_bytes", "registers")
     return {name: dict(zip(fields, map(int, numbers), strict=True)) for name, *numbers in usage}
 

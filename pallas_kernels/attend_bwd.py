@@ -117,8 +117,8 @@ class _Rows(NamedTuple):
 def _rows(refs: Refs, place: t.Place, tile: Any, task: Task, axis: int) -> _Rows:
     i = t.queries(refs, place, tile, task, axis)
     q, d_out = (t.rows(x, place, i, w, task) for x, w in zip((refs.query, refs.out), task.widths, strict=True))
-    lse, delta = (t.vector(x, place, i) for x in (refs.lse, refs.delta))
-    return _Rows(i, q, d_out, jnp.expand_dims(lse, 1 - axis), jnp.expand_dims(delta, 1 - axis))
+    minus_lse, delta = (jnp.expand_dims(t.vector(x, place, i), 1 - axis) for x in (refs.lse, refs.delta))
+    return _Rows(i, q, d_out, minus_lse, delta)
 
 
 class _Columns(NamedTuple):

@@ -65,7 +65,7 @@ class Refs(NamedTuple):
     key: Any = None  # (B, S, K, D)
     value: Any = None  # (B, S, K, V)
     out: Any = None  # (B, T, N, V), or its cotangent
-    lse: Any = None  # (B, N, T) in base 2
+    lse: Any = None  # (B, N, T) in base 2; in the backward its negative
     delta: Any = None  # (B, N, T)
     bounds: Any = None  # of reference.visit.Visits
     extras: Any = None  # (B or 1, K or 1, tiles, E), and counts (B or 1, K or 1, tiles)

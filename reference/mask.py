@@ -88,7 +88,7 @@ def allows(pattern: Pattern, q: Queries, k: Keys) -> Array:
     """The rule, elementwise; bool of the broadcast shape. It runs inside kernels too.
 
     Of each pair it asks as little as it can, for kernels spend their time there: band and causality are one unsigned
-    comparison, whose bounds a key that is seen wherever it lies moves out of the way.
+    comparison, and a key that is seen outside of the band, by a wider band.
     """
     conditions = [live for live in (q.live, k.live) if live is not None]
     if pattern.banded:
@@ -107,6 +107,7 @@ def allows(pattern: Pattern, q: Queries, k: Keys) -> Array:
 
 
 def _reach(far: list[Any], window: Any) -> Any:
+    """How far the band reaches on one side, uint32: without end for pairs of which any of `far` is true."""
     window = jnp.asarray(window).astype(jnp.uint32)
     return jnp.where(reduce(or_, far), jnp.uint32(FAR), window) if far else window
 

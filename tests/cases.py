@@ -53,6 +53,7 @@ EVO_CASES: tuple[EvoCase, ...] = (
     *(EvoCase(100, 64, dtype=dtype) for dtype in ("bfloat16", "float16")),
     EvoCase(100, 80, dtype="bfloat16", mask="interior"),
     EvoCase(65, 128, dtype="bfloat16"),
+    EvoCase(128, 64, dtype="bfloat16"),  # whole chunks of whole rows: no masks
     EvoCase(65, 16, dtype="bfloat16", causal=False, own_query=True),
     EvoCase(257, 64, dtype="bfloat16", mask="interior", own_query=True, batch=1, steady=True),
 )
