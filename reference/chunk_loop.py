@@ -37,26 +37,25 @@ def _forward(step, consts, carry, xs, aux):
     full, rest = divmod(length, step.size)
 
     def run(start, size, carry):
-        return step.function(
-            step.static, consts, carry, _slice(xs, start, size, step.axis), _slice(aux, start, size, step.axis), start
-        )
+        chunk, aux_chunk = (slice_of(x, start, size, step.axis) for x in (xs, aux))
+        return step.function(step.static, consts, carry, chunk, aux_chunk, start)
 
     out_like = jax.eval_shape(lambda carry: run(0, step.size if full else rest, carry), carry)[1]
-    out = _bits(jnp.zeros((*out_like.shape[: step.axis], length, *out_like.shape[step.axis + 1 :]), out_like.dtype))
+    out = bits_of(jnp.zeros((*out_like.shape[: step.axis], length, *out_like.shape[step.axis + 1 :]), out_like.dtype))
     starts = jax.tree.map(lambda c: jnp.zeros((full, *c.shape), c.dtype), carry)
 
     def body(i, state):
         carry, starts, out = state
         starts = jax.tree.map(lambda s, c: lax.dynamic_update_index_in_dim(s, c, i, 0), starts, carry)
         carry, chunk = run(i * step.size, step.size, carry)
-        return carry, starts, _write(out, chunk, i * step.size, step.axis)
+        return carry, starts, write(out, chunk, i * step.size, step.axis)
 
     last, starts, out = _repeat(full, body, (carry, starts, out))
     end = last
     if rest:
         end, chunk = run(full * step.size, rest, last)
-        out = _write(out, chunk, full * step.size, step.axis)
-    return (end, _of_bits(out, out_like.dtype)), (consts, starts, last, xs, aux)
+        out = write(out, chunk, full * step.size, step.axis)
+    return (end, from_bits(out, out_like.dtype)), (consts, starts, last, xs, aux)
 
 
 def _backward(step, residuals, cotangents):
@@ -65,26 +64,26 @@ def _backward(step, residuals, cotangents):
     full, rest = divmod(d_out.shape[step.axis], step.size)
 
     def pull(start, size, carry, d_carry):
-        aux_chunk = _slice(aux, start, size, step.axis)
+        aux_chunk = slice_of(aux, start, size, step.axis)
 
         def run(consts, carry, xs):
             return step.function(step.static, consts, carry, xs, aux_chunk, start)
 
-        xs_chunk, d_chunk = _slice(xs, start, size, step.axis), _slice(d_out, start, size, step.axis)
+        xs_chunk, d_chunk = slice_of(xs, start, size, step.axis), slice_of(d_out, start, size, step.axis)
         if step.backward is not None:
             return step.backward(step.static, consts, carry, xs_chunk, aux_chunk, start, d_carry, d_chunk)
         _, vjp = jax.vjp(run, consts, carry, xs_chunk)
         return vjp((d_carry, d_chunk))
 
     d_consts = jax.tree.map(jnp.zeros_like, consts)
-    d_xs = jax.tree.map(lambda x: _bits(jnp.zeros_like(x)), xs)
+    d_xs = jax.tree.map(lambda x: bits_of(jnp.zeros_like(x)), xs)
 
     def add(state, start, size, carry):
         d_consts, d_carry, d_xs = state
         chunk_consts, d_carry, chunk_xs = pull(start, size, carry, d_carry)
         d_consts = jax.tree.map(jnp.add, d_consts, chunk_consts)
         chunk_xs = jax.tree.map(lambda x, c: c.astype(x.dtype), xs, chunk_xs)
-        d_xs = jax.tree.map(lambda d, c: _write(d, c, start, step.axis), d_xs, chunk_xs)
+        d_xs = jax.tree.map(lambda d, c: write(d, c, start, step.axis), d_xs, chunk_xs)
         return d_consts, d_carry, d_xs
 
     def body(k, state):
@@ -96,27 +95,27 @@ def _backward(step, residuals, cotangents):
     if rest:
         state = add(state, full * step.size, rest, last)
     d_consts, d_carry, d_xs = _repeat(full, body, state)
-    return d_consts, d_carry, jax.tree.map(lambda x, d: _of_bits(d, x.dtype), xs, d_xs), None
+    return d_consts, d_carry, jax.tree.map(lambda x, d: from_bits(d, x.dtype), xs, d_xs), None
 
 
 def _repeat(count, body, state):
     return lax.fori_loop(0, count, body, state) if count > 1 else body(0, state) if count else state
 
 
-def _slice(tree, start, size, axis):
-    return jax.tree.map(lambda x: _of_bits(lax.dynamic_slice_in_dim(_bits(x), start, size, axis), x.dtype), tree)
+def slice_of(tree, start, size, axis):
+    return jax.tree.map(lambda x: from_bits(lax.dynamic_slice_in_dim(bits_of(x), start, size, axis), x.dtype), tree)
 
 
-def _write(bits, chunk, start, axis):
-    return lax.dynamic_update_slice_in_dim(bits, _bits(chunk), start, axis)
+def write(bits, chunk, start, axis):
+    return lax.dynamic_update_slice_in_dim(bits, bits_of(chunk), start, axis)
 
 
-def _bits(x):
+def bits_of(x):
     """bfloat16 as integers: XLA on CPUs has no bfloat16 slices, and would turn a whole array to float32 for each."""
     return lax.bitcast_convert_type(x, jnp.uint16) if x.dtype == jnp.bfloat16 else x
 
 
-def _of_bits(x, dtype):
+def from_bits(x, dtype):
     return lax.bitcast_convert_type(x, dtype) if dtype == jnp.bfloat16 else x
 
 

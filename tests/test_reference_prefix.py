@@ -2,6 +2,7 @@
 
 import itertools
 from functools import partial
+from unittest.mock import patch
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +12,14 @@ from jax.test_util import check_grads
 
 from reference.prefix_scan import default_accum_dtype, prefix_sum_chunked, prefix_sum_dense
 
-FORMS = {"dense": prefix_sum_dense, "chunked": prefix_sum_chunked}
+
+def prefix_sum_looped(x, **options):
+    """The chunked form as it is where a sequence is longer than a cache: a loop over chunks, here of eight tokens."""
+    with patch("reference.prefix_scan._chunk", lambda before, length, after, itemsize: min(length, 8)):
+        return prefix_sum_chunked(x, **options)
+
+
+FORMS = {"dense": prefix_sum_dense, "chunked": prefix_sum_chunked, "looped": prefix_sum_looped}
 DIRECTIONS = list(itertools.product([False, True], [False, True]))  # reverse, exclusive
 PLACES = [((6,), 0), ((3, 5), -1), ((2, 9, 3), 1), ((4, 1, 2, 3), 0), ((2, 2, 17), -1)]
 
@@ -43,10 +51,12 @@ def test_every_axis_against_the_definition(form, reverse, exclusive, x64):
 
 @pytest.mark.parametrize(("reverse", "exclusive"), DIRECTIONS)
 @pytest.mark.parametrize("length", [0, 1, 2, 7, 8, 9, 63, 64, 65, 100, 257])
-def test_lengths_around_the_rows_of_the_chunked_form(length, reverse, exclusive):
+@pytest.mark.parametrize("form", [prefix_sum_chunked, prefix_sum_looped])
+def test_lengths_around_the_rows_of_the_chunked_form(form, length, reverse, exclusive):
     x = np.random.default_rng(length).integers(-9, 10, (2, length, 3))  # exact in every dtype below
-    arrays = [jnp.asarray(x, dtype) for dtype in ("int32", "float32", "float16")]
-    outs = jax.jit(lambda xs: [prefix_sum_chunked(a, axis=1, reverse=reverse, exclusive=exclusive) for a in xs])(arrays)
+    arrays = [jnp.asarray(x, dtype) for dtype in ("int32", "float32", "float16", "bfloat16")]
+    outs = jax.jit(lambda xs: [form(a, axis=1, reverse=reverse, exclusive=exclusive) for a in xs])(arrays)
+    assert np.abs(by_hand(x, 1, reverse, exclusive)).max(initial=0) <= 256  # bfloat16 has every integer up to that
     for array, out in zip(arrays, outs, strict=True):
         assert out.dtype == array.dtype
         np.testing.assert_array_equal(out, by_hand(x, 1, reverse, exclusive))
@@ -143,11 +153,12 @@ def test_second_derivatives_exist(x64):
     )
 
 
-def test_transforms():
+@pytest.mark.parametrize("form", [prefix_sum_chunked, prefix_sum_looped])
+def test_transforms(form):
     x = normal((3, 4, 30))
 
     def call(x):
-        return prefix_sum_chunked(x, axis=-1, reverse=True)
+        return form(x, axis=-1, reverse=True)
 
     expected = prefix_sum_dense(x, axis=-1, reverse=True)
     for transformed in (call, jax.vmap(call), jax.vmap(call, in_axes=1, out_axes=1), jax.checkpoint(call)):
@@ -163,6 +174,20 @@ def test_millions_of_terms(reverse, exclusive):
     exact = exact - np.asarray(x, np.float64) if exclusive else exact
     out = jax.jit(lambda x: prefix_sum_chunked(x, axis=0, reverse=reverse, exclusive=exclusive))(x)
     assert np.abs(out - exact).max() <= 1e-6 * np.abs(exact).max()
+
+
+@pytest.mark.parametrize(("reverse", "exclusive"), DIRECTIONS)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_more_than_a_cache_holds(dtype, reverse, exclusive):
+    """Long enough for the loop as it ships, with a last chunk that is not whole."""
+    x = normal((2, 1, 40_003, 16), dtype)
+    out = jax.jit(lambda x: prefix_sum_chunked(x, reverse=reverse, exclusive=exclusive))(x)
+    exact = np.cumsum(np.asarray(x, np.float64)[:, :, :: -1 if reverse else 1], 2)[:, :, :: -1 if reverse else 1]
+    exact = exact - np.asarray(x, np.float64) if exclusive else exact
+    bound = 1e-6 if dtype == "float32" else float(jnp.finfo(dtype).eps) / 2
+    assert np.abs(np.asarray(out, np.float64) - exact).max() <= bound * np.abs(exact).max()
+    text = jax.jit(lambda x: prefix_sum_chunked(x)).lower(x).as_text()
+    assert "stablehlo.while" in text
 
 
 def test_extra_memory_is_a_fraction_of_the_array():
