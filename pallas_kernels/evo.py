@@ -194,7 +194,8 @@ def _geometry(v: jax.Array, query: Any, params: EvoParams, options: Options, bac
     else:
         dot_dtype, precision = "float32", "tf32x3" if "float32" in dtypes else "tf32"
     interpret, hopper = options.mode == "interpret", tuned.for_hopper()
-    default = evo_launch(v.shape[-1], dot_dtype, interpret=interpret, backward=backward, hopper=hopper)
+    tokens = v.size // v.shape[-1]
+    default = evo_launch(v.shape[-1], dot_dtype, interpret=interpret, backward=backward, hopper=hopper, tokens=tokens)
     kernel, mask = "evo_backward" if backward else "evo_forward", "causal" if options.spec.causal else "full"
     launch = tuned.choose(tuned.Key.of(kernel, precision, v.shape[3], v.shape[2], mask), default, options.own)
     launch = launch if options.chunk is None else replace(launch, block_m=options.chunk)

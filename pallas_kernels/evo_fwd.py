@@ -1,5 +1,6 @@
 """Forward Evo kernels: chunk sums of v, gated chunk sums, output. Mathematics: reference/evo.py."""
 
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial, reduce
 from typing import Any, NamedTuple
@@ -87,14 +88,14 @@ def totals_to_tables(context: jax.Array, rows: Any, params: EvoParams, geo: Geom
 
 
 def _launch(name: str, kernel: Any, inputs: Inputs, tables: Any, out_shape: Any, geo: Geometry) -> Any:
-    """One program per (column block, chunk, group)."""
+    """One program per (column block, chunk or `repeats` of them, group)."""
     table_specs = jax.tree.map(lambda table: plk.per_group(table, 2), tables)
     return plk.call(
         partial(kernel, geo=geo),
         inputs,
         tables,
         name=name,
-        grid=(geo.blocks, geo.chunks, inputs.v.shape[0]),
+        grid=(geo.blocks, -(-geo.chunks // geo.repeats), inputs.v.shape[0]),
         in_specs=(inputs.specs(2), table_specs),
         out_specs=jax.tree.map(lambda out: plk.per_group(out, 2), out_shape),
         out_shape=out_shape,
@@ -104,22 +105,44 @@ def _launch(name: str, kernel: Any, inputs: Inputs, tables: Any, out_shape: Any,
     )
 
 
+def _each_chunk(step: Callable[[Inputs, Any], None], inputs: Inputs, geo: Geometry) -> None:
+    """step(inputs, chunk) for the chunks of this program; where it may have several, their kernels are loaded once."""
+    first = plk.program_id(1) * geo.repeats
+    if geo.repeats == 1:
+        return step(inputs, first)
+    held = inputs._replace(params=t.hold(inputs.params, geo))
+
+    def turn(chunk: Any, nothing: tuple[()]) -> tuple[()]:
+        step(held, chunk)
+        return nothing
+
+    jax.lax.fori_loop(first, jnp.minimum(first + geo.repeats, geo.chunks), turn, ())
+    return None
+
+
 def _sums_kernel(inputs: Inputs, _: None, sums_ref: Any, *, geo: Geometry) -> None:
     """Pass A: the sum of v over each chunk."""
-    block, chunk = plk.program_id(0), plk.program_id(1)
-    rows = t.chunk_rows(inputs.rows, chunk, geo)
-    v = load_v(inputs, rows, block, geo)
-    t.store_carry(sums_ref, chunk, block, v.astype(geo.accum).sum(0), geo)
+    block = plk.program_id(0)
+
+    def step(inputs: Inputs, chunk: Any) -> None:
+        rows = t.chunk_rows(inputs.rows, chunk, geo)
+        v = load_v(inputs, rows, block, geo)
+        t.store_carry(sums_ref, chunk, block, v.astype(geo.accum).sum(0), geo)
+
+    _each_chunk(step, inputs, geo)
 
 
 def _gated_sums_kernel(inputs: Inputs, tables: Tables, sums_ref: Any, *, geo: Geometry) -> None:
     """Pass B: the sum of g * v over each chunk, with g the gate of the running mean."""
-    block, chunk = plk.program_id(0), plk.program_id(1)
-    rows = t.chunk_rows(inputs.rows, chunk, geo)
+    block = plk.program_id(0)
 
-    context = context_of_v(inputs, tables, rows, chunk, geo)
-    gated = gate_of_mean(inputs, rows, context, block, geo) * load_v(inputs, rows, block, geo)
-    t.store_carry(sums_ref, chunk, block, gated.astype(geo.accum).sum(0), geo)
+    def step(inputs: Inputs, chunk: Any) -> None:
+        rows = t.chunk_rows(inputs.rows, chunk, geo)
+        context = context_of_v(inputs, tables, rows, chunk, geo)
+        gated = gate_of_mean(inputs, rows, context, block, geo) * load_v(inputs, rows, block, geo)
+        t.store_carry(sums_ref, chunk, block, gated.astype(geo.accum).sum(0), geo)
+
+    _each_chunk(step, inputs, geo)
 
 
 def gate_of_mean(inputs: Inputs, rows: t.Rows, context_of: Any, block: Any, geo: Geometry) -> jax.Array:
@@ -176,17 +199,19 @@ def gate_of(
 
 def _output_kernel(inputs: Inputs, tables: Tables, out_ref: Any, *, geo: Geometry) -> None:
     """Pass C where one block holds a whole row: gate, final gate, LayerNorm, one write."""
-    chunk = plk.program_id(1)
-    rows = t.chunk_rows(inputs.rows, chunk, geo)
-    context = context_of_v(inputs, tables, rows, chunk, geo)
-    g = gate_of_mean(inputs, rows, context, 0, geo) if geo.causal else None
-    gate = gate_of(inputs, tables, rows, chunk, 0, g, geo)
-    final = t.dot(gate, t.load_weight(inputs.params.final_kernel, 0, 0, geo), geo)
-    final = t.sigmoid(final + t.load_columns(inputs.params.final_bias, 0, geo)[None, :])
-    _, ok = t.columns(0, geo)
-    y = jnp.where(rows.live[:, None] & ok[None, :], final * context(0).astype(jnp.float32), 0.0)
-    x_hat, _ = t.normalise(y, geo.width, ok)
-    store_normalised(inputs, rows, [(0, x_hat)], out_ref, geo)
+
+    def step(inputs: Inputs, chunk: Any) -> None:
+        rows = t.chunk_rows(inputs.rows, chunk, geo)
+        context = context_of_v(inputs, tables, rows, chunk, geo)
+        g = gate_of_mean(inputs, rows, context, 0, geo) if geo.causal else None
+        gate = gate_of(inputs, tables, rows, chunk, 0, g, geo)
+        final = t.sigmoid(t.linear(lambda _: gate, inputs.params.final_kernel, inputs.params.final_bias, 0, geo))
+        _, ok = t.columns(0, geo)
+        y = jnp.where(rows.live[:, None] & ok[None, :], final * context(0).astype(jnp.float32), 0.0)
+        x_hat, _ = t.normalise(y, geo.width, ok)
+        store_normalised(inputs, rows, [(0, x_hat)], out_ref, geo)
+
+    _each_chunk(step, inputs, geo)
 
 
 def store_normalised(inputs: Inputs, rows: t.Rows, parts: list, out_ref: Any, geo: Geometry) -> None:

@@ -3,7 +3,7 @@
 tuned.py lays over these rules what was measured, and what a caller asks for.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 
@@ -17,9 +17,12 @@ class Launch:
     num_stages: int
     interpret: bool
     block_k: int = 128  # columns of one part of a row, where a kernel reads rows in parts
+    repeats: int = 1  # chunks that one program takes, one after the other, while it holds their weights
 
     def __post_init__(self) -> None:
         _check_tiles(self, ("block_m", "block_d", "block_k"))
+        if self.repeats < 1:
+            raise ValueError(f"repeats={self.repeats} must be at least 1")
 
 
 def _check_tiles(launch: Any, names: tuple[str, ...], least: int = 16) -> None:
@@ -34,21 +37,32 @@ def _check_tiles(launch: Any, names: tuple[str, ...], least: int = 16) -> None:
         raise ValueError(f"num_stages={launch.num_stages} must be at least 1")
 
 
-def evo_launch(width: int, dot_dtype: str, *, interpret: bool, backward: bool = False, hopper: bool = False) -> Launch:
-    """The default launch for head width `width`.
+REPEATS = 8  # chunks of a program of EvoAttention on Hopper, whose products read weights from shared memory
+REPEAT_WAVES = 4  # fewest programs for each multiprocessor that are left then
+
+
+def evo_launch(
+    width: int, dot_dtype: str, *, interpret: bool, backward: bool = False, hopper: bool = False, tokens: int = 0
+) -> Launch:
+    """The default launch for head width `width`, where all sequences and heads have so many `tokens`.
 
     Wider tiles read each row fewer times, until they spill registers. The forward holds 64 columns of bfloat16: then a
     width of 64 is one block, and is fused into three reads and one write. Everything else takes 32 columns where that
     (in float32 gradients: 64) divides the width, else 16, so that at most 15 columns are computed in vain. Eight warps
     give the backward's bfloat16 tiles room in registers (with four, one of them spilled on A100 with JAX 0.12's
-    compiler). On Hopper that backward takes 64 columns and four warps, which an H200 ran a quarter faster.
+    compiler). On Hopper that backward takes 64 columns and four warps, which an H200 ran a quarter faster, and a
+    forward of one block takes several chunks a program, since its weights are four times what it reads of one.
     """
     widest = 64 if dot_dtype == "bfloat16" and (hopper or not backward) else 32
     block_d = next(block for block in (widest, 32, 16) if width % block == 0 or block == 16)
     if dot_dtype == "float32" and backward and width % 64:
         block_d = 16  # an odd number of 32s spills on A100
     warps = 8 if dot_dtype == "bfloat16" and backward and block_d == 32 and not hopper else 4
-    return Launch(block_m=64, block_d=block_d, num_warps=warps, num_stages=1, interpret=interpret)
+    launch = Launch(block_m=64, block_d=block_d, num_warps=warps, num_stages=1, interpret=interpret)
+    if not hopper or backward or dot_dtype != "bfloat16" or width > block_d:
+        return launch
+    repeats = min(tokens // (REPEAT_WAVES * FILLED * launch.block_m), REPEATS)
+    return replace(launch, repeats=repeats, num_stages=2) if repeats > 1 else launch
 
 
 FILLED = 128  # programs that occupy a GPU: about one for each multiprocessor of an H100 (132) or an A100 (108)

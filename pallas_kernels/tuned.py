@@ -15,13 +15,13 @@ AnyLaunch = TypeVar("AnyLaunch", AttendLaunch, Launch, LinearStepLaunch, PrefixL
 
 _ATTEND = ("block_q", "block_k", "num_warps", "num_stages", "widest", "reread")
 _DECODE = ("block_k", "num_warps", "num_stages", "widest")
-_EVO = ("block_m", "block_d", "num_warps", "num_stages")
+_EVO = ("block_d", "num_warps", "num_stages")
 _LINEAR = ("block_m", "block_d", "block_k", "num_warps", "num_stages")
 KERNELS: dict[str, tuple[str, ...]] = {  # what of its launch may be chosen
     **{f"attend_{kind}": _ATTEND for kind in ("forward", "d_query", "d_key_value", "d_bias")},
     "attend_decode": _DECODE,
-    "evo_forward": _EVO,
-    "evo_backward": _EVO[1:],  # its chunks are those of the forward, whose carry tables it reads
+    "evo_forward": ("block_m", *_EVO, "repeats"),
+    "evo_backward": _EVO,  # its chunks are those of the forward, whose carry tables it reads
     "linear_forward": _LINEAR,
     "linear_backward": _LINEAR,
     "linear_step": ("columns", "num_warps"),
