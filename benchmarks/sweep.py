@@ -43,7 +43,10 @@ _ATTEND = {"block_q": (16, 32, 64, 128), "block_k": (16, 32, 64, 128), "num_warp
 GRID: dict[str, dict[str, tuple[int, ...]]] = {
     **{f"attend_{kind}": _ATTEND for kind in ("forward", "d_query", "d_key_value")},
     "attend_decode": {"block_k": (32, 64, 128), "num_warps": (4, 8), "num_stages": (2, 3, 4)},
-    "evo_forward": {"block_m": (64, 128), "block_d": (16, 32, 64), "num_warps": (4, 8)},
+    "evo_forward": {
+        **{"block_m": (64, 128), "block_d": (16, 32, 64), "num_warps": (4, 8), "num_stages": (1, 2)},
+        "repeats": (1, 8),
+    },
     "evo_backward": {"block_d": (16, 32, 64), "num_warps": (4, 8)},
     "linear_forward": {"block_m": (32, 64, 128), "block_d": (32, 64), "num_warps": (4, 8)},
     "linear_backward": {"block_m": (32, 64, 128), "block_d": (32, 64), "num_warps": (4, 8)},

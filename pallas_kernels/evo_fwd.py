@@ -1,6 +1,5 @@
 """Forward Evo kernels: chunk sums of v, gated chunk sums, output. Mathematics: reference/evo.py."""
 
-from collections.abc import Callable
 from dataclasses import replace
 from functools import partial, reduce
 from typing import Any, NamedTuple
@@ -59,7 +58,8 @@ def forward(inputs: Inputs, carry: Tables | None, geo: Geometry) -> tuple[jax.Ar
 def carry_tables(inputs: Inputs, carry: Tables | None, geo: Geometry) -> tuple[Tables, Tables | None]:
     """Sums over chunks and their scans; the second needs the first, since the gate reads the running mean."""
     table = jax.ShapeDtypeStruct((inputs.v.shape[0], geo.chunks, geo.width), geo.accum)
-    sums = _launch("evo_sums", _sums_kernel, inputs, None, table, geo)
+    one = replace(geo, launch=replace(geo.launch, repeats=1))  # it has no kernels to hold
+    sums = _launch("evo_sums", _sums_kernel, inputs, None, table, one)
     if not geo.causal:
         return totals_to_tables(sums.sum(1, keepdims=True), inputs.rows, inputs.params, geo), None
     context = _carries(sums, carry and carry.context)
@@ -105,44 +105,25 @@ def _launch(name: str, kernel: Any, inputs: Inputs, tables: Any, out_shape: Any,
     )
 
 
-def _each_chunk(step: Callable[[Inputs, Any], None], inputs: Inputs, geo: Geometry) -> None:
-    """step(inputs, chunk) for the chunks of this program; where it may have several, their kernels are loaded once."""
-    first = plk.program_id(1) * geo.repeats
-    if geo.repeats == 1:
-        return step(inputs, first)
-    held = inputs._replace(params=t.hold(inputs.params, geo))
-
-    def turn(chunk: Any, nothing: tuple[()]) -> tuple[()]:
-        step(held, chunk)
-        return nothing
-
-    jax.lax.fori_loop(first, jnp.minimum(first + geo.repeats, geo.chunks), turn, ())
-    return None
-
-
 def _sums_kernel(inputs: Inputs, _: None, sums_ref: Any, *, geo: Geometry) -> None:
     """Pass A: the sum of v over each chunk."""
-    block = plk.program_id(0)
-
-    def step(inputs: Inputs, chunk: Any) -> None:
-        rows = t.chunk_rows(inputs.rows, chunk, geo)
-        v = load_v(inputs, rows, block, geo)
-        t.store_carry(sums_ref, chunk, block, v.astype(geo.accum).sum(0), geo)
-
-    _each_chunk(step, inputs, geo)
+    block, chunk = plk.program_id(0), plk.program_id(1)
+    v = load_v(inputs, t.chunk_rows(inputs.rows, chunk, geo), block, geo)
+    t.store_carry(sums_ref, chunk, block, v.astype(geo.accum).sum(0), geo)
 
 
 def _gated_sums_kernel(inputs: Inputs, tables: Tables, sums_ref: Any, *, geo: Geometry) -> None:
     """Pass B: the sum of g * v over each chunk, with g the gate of the running mean."""
     block = plk.program_id(0)
+    inputs = inputs._replace(params=t.hold(inputs.params, block, geo))
 
-    def step(inputs: Inputs, chunk: Any) -> None:
+    def step(chunk: Any) -> None:
         rows = t.chunk_rows(inputs.rows, chunk, geo)
         context = context_of_v(inputs, tables, rows, chunk, geo)
         gated = gate_of_mean(inputs, rows, context, block, geo) * load_v(inputs, rows, block, geo)
         t.store_carry(sums_ref, chunk, block, gated.astype(geo.accum).sum(0), geo)
 
-    _each_chunk(step, inputs, geo)
+    t.each_chunk(step, plk.program_id(1), geo)
 
 
 def gate_of_mean(inputs: Inputs, rows: t.Rows, context_of: Any, block: Any, geo: Geometry) -> jax.Array:
@@ -199,19 +180,21 @@ def gate_of(
 
 def _output_kernel(inputs: Inputs, tables: Tables, out_ref: Any, *, geo: Geometry) -> None:
     """Pass C where one block holds a whole row: gate, final gate, LayerNorm, one write."""
+    inputs = inputs._replace(params=t.hold(inputs.params, 0, geo))
+    params = inputs.params
 
-    def step(inputs: Inputs, chunk: Any) -> None:
+    def step(chunk: Any) -> None:
         rows = t.chunk_rows(inputs.rows, chunk, geo)
         context = context_of_v(inputs, tables, rows, chunk, geo)
         g = gate_of_mean(inputs, rows, context, 0, geo) if geo.causal else None
         gate = gate_of(inputs, tables, rows, chunk, 0, g, geo)
-        final = t.sigmoid(t.linear(lambda _: gate, inputs.params.final_kernel, inputs.params.final_bias, 0, geo))
+        final = t.sigmoid(t.linear(lambda _: gate, params.final_kernel, params.final_bias, 0, geo))
         _, ok = t.columns(0, geo)
         y = jnp.where(rows.live[:, None] & ok[None, :], final * context(0).astype(jnp.float32), 0.0)
         x_hat, _ = t.normalise(y, geo.width, ok)
         store_normalised(inputs, rows, [(0, x_hat)], out_ref, geo)
 
-    _each_chunk(step, inputs, geo)
+    t.each_chunk(step, plk.program_id(1), geo)
 
 
 def store_normalised(inputs: Inputs, rows: t.Rows, parts: list, out_ref: Any, geo: Geometry) -> None:
@@ -227,10 +210,17 @@ def store_normalised(inputs: Inputs, rows: t.Rows, parts: list, out_ref: Any, ge
 
 def _gate_kernel(inputs: Inputs, tables: Tables, gate_ref: Any, *, geo: Geometry) -> None:
     """Pass C1 of wide rows: one column block of the gate."""
-    block, chunk = plk.program_id(0), plk.program_id(1)
-    rows = t.chunk_rows(inputs.rows, chunk, geo)
-    g = gate_of_mean(inputs, rows, context_of_v(inputs, tables, rows, chunk, geo), block, geo) if geo.causal else None
-    t.store_tile(gate_ref, rows.index, rows.inside, block, gate_of(inputs, tables, rows, chunk, block, g, geo), geo)
+    block = plk.program_id(0)
+    inputs = inputs._replace(params=t.hold(inputs.params, block, geo))
+
+    def step(chunk: Any) -> None:
+        rows, g = t.chunk_rows(inputs.rows, chunk, geo), None
+        if geo.causal:
+            g = gate_of_mean(inputs, rows, context_of_v(inputs, tables, rows, chunk, geo), block, geo)
+        gate = gate_of(inputs, tables, rows, chunk, block, g, geo)
+        t.store_tile(gate_ref, rows.index, rows.inside, block, gate, geo)
+
+    t.each_chunk(step, plk.program_id(1), geo)
 
 
 def _final_kernel(inputs: Inputs, gate_ref: Any, final_ref: Any, *, geo: Geometry) -> None:
@@ -256,7 +246,7 @@ def _norm(inputs: Inputs, tables: Tables, gate: jax.Array, geo: Geometry, final:
         tables,
         gate,
         name="evo_norm",
-        grid=(geo.chunks, gate.shape[0]),
+        grid=(-(-geo.chunks // geo.repeats), gate.shape[0]),
         in_specs=(inputs.specs(1), Tables(*(plk.per_group(table, 1) for table in tables)), plk.per_group(gate, 1)),
         out_specs=plk.per_group(out, 1),
         out_shape=out,
@@ -272,23 +262,28 @@ def _norm_kernel(inputs: Inputs, tables: Tables, gate_ref: Any, out_ref: Any, *,
 
     Writing over the gate is safe: an output row waits for its LayerNorm, which waits for all of its gate.
     """
-    chunk = plk.program_id(0)
-    rows = t.chunk_rows(inputs.rows, chunk, geo)
-    parts = []
-    for block in range(geo.blocks):
-        if is_final:
-            final = t.load_tile(gate_ref, rows.local, rows.inside, block, geo)
-        else:
-            final = final_gate(inputs, gate_ref, rows, block, geo)
-        v = load_v(inputs, rows, block, geo)
-        context = t.prefix(tables.context, chunk, block, v, geo, exact=True).astype(jnp.float32)
-        _, ok = t.columns(block, geo)
-        parts.append((block, ok, jnp.where(rows.live[:, None] & ok[None, :], final * context, 0.0)))
-    mean = reduce(jnp.add, [y.sum(1) for _, _, y in parts])[:, None] / geo.width
-    centred = [(block, jnp.where(ok[None, :], y - mean, 0.0)) for block, ok, y in parts]
-    variance = reduce(jnp.add, [(y * y).sum(1) for _, y in centred]) / geo.width
-    inverse = jax.lax.rsqrt(variance + t.NORM_EPS)
-    store_normalised(inputs, rows, [(block, y * inverse[:, None]) for block, y in centred], out_ref, geo)
+    blocks = range(geo.blocks)
+    held = [inputs._replace(params=t.hold(inputs.params, block, geo)) for block in blocks]
+
+    def step(chunk: Any) -> None:
+        rows = t.chunk_rows(inputs.rows, chunk, geo)
+        parts = []
+        for block in blocks:
+            if is_final:
+                final = t.load_tile(gate_ref, rows.local, rows.inside, block, geo)
+            else:
+                final = final_gate(held[block], gate_ref, rows, block, geo)
+            v = load_v(inputs, rows, block, geo)
+            context = t.prefix(tables.context, chunk, block, v, geo, exact=True).astype(jnp.float32)
+            _, ok = t.columns(block, geo)
+            parts.append((block, ok, jnp.where(rows.live[:, None] & ok[None, :], final * context, 0.0)))
+        mean = reduce(jnp.add, [y.sum(1) for _, _, y in parts])[:, None] / geo.width
+        centred = [(block, jnp.where(ok[None, :], y - mean, 0.0)) for block, ok, y in parts]
+        variance = reduce(jnp.add, [(y * y).sum(1) for _, y in centred]) / geo.width
+        inverse = jax.lax.rsqrt(variance + t.NORM_EPS)
+        store_normalised(inputs, rows, [(block, y * inverse[:, None]) for block, y in centred], out_ref, geo)
+
+    t.each_chunk(step, plk.program_id(0), geo)
 
 
 def final_gate(inputs: Inputs, gate_ref: Any, rows: t.Rows, block: Any, geo: Geometry) -> jax.Array:

@@ -54,8 +54,7 @@ class Geometry:
 
     @property
     def repeats(self) -> int:
-        """Chunks that one program takes: several only where a block of columns holds a whole row."""
-        return self.launch.repeats if self.blocks == 1 else 1
+        return self.launch.repeats
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,20 +126,43 @@ def store_carry(ref: Any, chunk: Any, block: Any, value: jax.Array, geo: Geometr
 
 @dataclass(frozen=True, slots=True)
 class Held:
-    """A (D, D) kernel of one block, loaded before the chunks that it is for."""
+    """A column block of a (D, D) kernel, loaded before the chunks that it is for: its row blocks."""
 
-    value: jax.Array
+    blocks: list[jax.Array]
 
 
-def hold(params: Any, geo: Geometry) -> Any:
-    """The parameters, whose kernels are loaded; vectors stay where they are, lest they fill registers."""
-    return jax.tree.map(lambda ref: Held(load_weight(ref, 0, 0, geo)) if len(ref.shape) == 2 else ref, params)
+def hold(params: Any, block: Any, geo: Geometry) -> Any:
+    """The parameters for a program of several chunks: of kernels, column block `block` is loaded here.
+
+    Vectors stay where they are, lest they fill registers.
+    """
+    if geo.repeats == 1:
+        return params
+
+    def held(ref: Any) -> Any:
+        return Held([load_weight(ref, k, block, geo) for k in range(geo.blocks)]) if len(ref.shape) == 2 else ref
+
+    return jax.tree.map(held, params)
+
+
+def each_chunk(step: Callable[[Any], None], program: Any, geo: Geometry) -> None:
+    """step(chunk) for the chunks of program number `program`."""
+    first = program * geo.repeats
+
+    def turn(chunk: Any, nothing: tuple[()]) -> tuple[()]:
+        step(chunk)
+        return nothing
+
+    if geo.repeats == 1:
+        step(first)
+    else:
+        lax.fori_loop(first, jnp.minimum(first + geo.repeats, geo.chunks), turn, ())
 
 
 def load_weight(ref: Any, row_block: Any, column_block: Any, geo: Geometry) -> jax.Array:
     """(w, w) block of a (D, D) kernel, in the dtype of the dot products."""
     if isinstance(ref, Held):
-        return ref.value
+        return ref.blocks[row_block]
     (row, row_ok), (column, column_ok) = columns(row_block, geo), columns(column_block, geo)
     block = plk.load(ref, (row[:, None], column[None, :]), row_ok[:, None] & column_ok[None, :])
     return block.astype(geo.dot_dtype)
@@ -187,9 +209,9 @@ def dot(a: jax.Array, b: jax.Array, geo: Geometry, contract: tuple[int, int] = (
 
 
 def over_blocks(step: Callable[[Any, Any], Any], init: Any, geo: Geometry) -> Any:
-    """Fold `step(block, state)` over the column blocks; a single block needs no loop."""
-    if geo.blocks == 1:
-        return step(0, init)
+    """Fold `step(block, state)` over the column blocks; no loop where there is one, or where kernels are held."""
+    if geo.blocks == 1 or geo.repeats > 1:
+        return reduce(lambda state, block: step(block, state), range(geo.blocks), init)
     return lax.fori_loop(0, geo.blocks, step, init)
 
 

@@ -37,7 +37,7 @@ def _check_tiles(launch: Any, names: tuple[str, ...], least: int = 16) -> None:
         raise ValueError(f"num_stages={launch.num_stages} must be at least 1")
 
 
-REPEATS = 8  # chunks of a program of EvoAttention on Hopper, whose products read weights from shared memory
+REPEATS = 8  # chunks of a program of EvoAttention on Hopper, whose products read kernels from shared memory
 REPEAT_WAVES = 4  # fewest programs for each multiprocessor that are left then
 
 
@@ -51,7 +51,8 @@ def evo_launch(
     (in float32 gradients: 64) divides the width, else 16, so that at most 15 columns are computed in vain. Eight warps
     give the backward's bfloat16 tiles room in registers (with four, one of them spilled on A100 with JAX 0.12's
     compiler). On Hopper that backward takes 64 columns and four warps, which an H200 ran a quarter faster, and a
-    forward of one block takes several chunks a program, since its weights are four times what it reads of one.
+    forward of a width of 16, 32, 64 or 128 takes several chunks a program: its kernels are four times what it reads
+    of one, and a product waits for each.
     """
     widest = 64 if dot_dtype == "bfloat16" and (hopper or not backward) else 32
     block_d = next(block for block in (widest, 32, 16) if width % block == 0 or block == 16)
@@ -59,10 +60,10 @@ def evo_launch(
         block_d = 16  # an odd number of 32s spills on A100
     warps = 8 if dot_dtype == "bfloat16" and backward and block_d == 32 and not hopper else 4
     launch = Launch(block_m=64, block_d=block_d, num_warps=warps, num_stages=1, interpret=interpret)
-    if not hopper or backward or dot_dtype != "bfloat16" or width > block_d:
-        return launch
     repeats = min(tokens // (REPEAT_WAVES * FILLED * launch.block_m), REPEATS)
-    return replace(launch, repeats=repeats, num_stages=2) if repeats > 1 else launch
+    if not hopper or backward or dot_dtype != "bfloat16" or width not in (16, 32, 64, 128) or repeats < 2:
+        return launch
+    return replace(launch, repeats=repeats, num_stages=2 if width <= 64 else 1)
 
 
 FILLED = 128  # programs that occupy a GPU: about one for each multiprocessor of an H100 (132) or an A100 (108)

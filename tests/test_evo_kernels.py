@@ -10,7 +10,7 @@ from cases import EVO_CASES, EvoCase, evo_inputs
 from checks import actual_evo, assert_close, check_evo, evo_params, expected_evo, signed_rows
 
 import evo_jax
-from pallas_kernels import evo_bwd
+from pallas_kernels import evo_bwd, tuned
 from pallas_kernels.evo import evo
 from pallas_kernels.launch import evo_launch
 from reference.evo import EvoSpec, evo_dense
@@ -38,6 +38,25 @@ def _geometry(length, block_m):
 
     launch = replace(evo_launch(16, "float32", interpret=True), block_m=block_m)
     return Geometry(length, 16, True, True, "float32", "float32", "tf32x3", launch)
+
+
+REPEATED = (
+    EvoCase(257, 16, mask="interior", own_query=True),
+    EvoCase(192, 16),
+    EvoCase(100, 16, causal=False, mask="left"),
+    EvoCase(100, 80),
+    EvoCase(200, 128, dtype="bfloat16"),
+    EvoCase(320, 64, dtype="bfloat16"),
+)
+
+
+@pytest.mark.parametrize("case", REPEATED, ids=str)
+def test_programs_of_several_chunks(case):
+    """Each takes three, the last one fewer; they hold their kernels, by blocks where a row has several."""
+    with tuned.override({"evo_forward": {"repeats": 3}}), tuned.recording() as launches:
+        check_evo(case, "interpret", block_m=64 if case.dtype == "bfloat16" else 16)
+    (forward,) = (chosen.launch for key, chosen in launches.items() if key.kernel == "evo_forward")
+    assert forward.repeats == 3
 
 
 def test_reruns_are_bitwise_equal():
