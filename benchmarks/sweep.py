@@ -11,7 +11,8 @@ no more: only times decide, and those need a GPU.
 
 of the program's worst kernel: `instruction` is 1, but 0.6 for mma.sync where the architecture has wgmma; `warps` are
 those resident on a multiprocessor by registers, shared memory and threads; a tile of `held` rows is read once while
-tiles of `streamed` rows pass, so that other bytes are read again 1 / held times, at some fixed cost for each tile.
+tiles of `streamed` rows pass, so that other bytes are read again 1 / held times, at some fixed cost for each tile, or
+for all chunks of a program that takes several.
 """
 
 import argparse
@@ -103,6 +104,7 @@ def score(kernel: str, launch: dict[str, Any], report: KernelReport, target: Tar
     slow = hopper and report.instructions["mma.sync"] and not report.instructions["wgmma"]
     pair = _HELD.get(kernel, ("block_q", "block_k") if kernel.startswith("attend") else ("block_d", "block_m"))
     held, streamed = (launch.get(name, 64) for name in pair)
+    streamed *= launch.get("repeats", 1)
     return (0.6 if slow else 1.0) * warps / (warps + 4) * held / (held + 32) * streamed / (streamed + 16)
 
 

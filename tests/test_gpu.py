@@ -25,7 +25,7 @@ from linear_checks import TOLERANCE as LINEAR_TOLERANCE
 from linear_checks import actual_linear, check_linear
 
 import evo_jax
-from pallas_kernels import decode
+from pallas_kernels import decode, tuned
 from pallas_kernels.attend import attend
 from pallas_kernels.attend_fwd import Plan
 from reference.dense import attend_dense
@@ -44,6 +44,15 @@ LONG = (
 @pytest.mark.parametrize("case", (*EVO_CASES, *LONG, EvoCase(300, 256)), ids=str)
 def test_evo_equals_oracle(case):
     check_evo(case, "triton", GPU_TOLERANCE)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("width", [64, 128])
+def test_evo_in_programs_of_several_chunks(width, masked):
+    """As long sequences are launched on Hopper; the last program has one chunk."""
+    case = EvoCase(4099, width, dtype="bfloat16", steady=True, mask="interior" if masked else None, own_query=masked)
+    with tuned.override({"evo_forward": {"repeats": 8, "num_stages": 2 if width == 64 else 1}}):
+        check_evo(case, "triton", GPU_TOLERANCE)
 
 
 def test_long_output_of_bfloat16_equals_oracle():
