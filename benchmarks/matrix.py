@@ -39,6 +39,8 @@ _EVERYTHING = ("segments", "key_bias", "sinks", "lengths", "soft_cap", "dropout"
 SPECIALS = (  # what is compiled at one point alone, for one GPU of each generation
     Program("prefix_sum", "backward", "float16", 1, 65536, 1, width=64, extras=("last_axis",)),
     Program("evo", "backward", "bfloat16", 1, 65536, 1, width=64),
+    Program("evo", "backward", "bfloat16", **_LONG, width=64, extras=("query", "mask")),
+    Program("evo", "backward", "bfloat16", **_LONG, width=32, extras=("mask",)),
     Program("evo", "backward", "float32", **_LONG, width=80, extras=("query", "mask")),
     Program("evo", "backward", "bfloat16", **_LONG, width=128, extras=("state",)),
     Program("linear", "backward", "bfloat16", heads=4, kv_heads=2, width=80, extras=("mask", "state")),

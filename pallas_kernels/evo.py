@@ -78,7 +78,7 @@ def evo_from(
     """The same after tokens that left `carry`, as reference.evo.evo_chunked_from; without one, (output, None)."""
     if v.size == 0:
         return v, carry
-    how = replace(how, chunk=_geometry(v, query, params, how).chunk)
+    how = replace(how, chunk=_geometry(v, query, params, rows, how).chunk)
     return _evo(v, query, params, rows, carry, how)
 
 
@@ -129,7 +129,7 @@ def _run(
 def _kernel_forward(
     v: jax.Array, query: Any, params: EvoParams, rows: Any, carry: Any, options: Options
 ) -> tuple[jax.Array, Tables, Any]:
-    inputs, geo = _inputs(v, query, params, rows), _geometry(v, query, params, options)
+    inputs, geo = _inputs(v, query, params, rows), _geometry(v, query, params, rows, options)
     before = None if carry is None else _tables(carry)
     if before is not None and evo_step.serves(geo):
         out, last = evo_step.forward(inputs, before, geo)
@@ -142,7 +142,7 @@ def _kernel_forward(
 def _kernel_backward(saved: Residuals, cotangents: Any, options: Options) -> tuple[Any, Any, EvoParams, Any]:
     v, query, params, rows, carry, tables = saved
     d_out, d_last = cotangents
-    geo = _geometry(v, query, params, options, backward=True)
+    geo = _geometry(v, query, params, rows, options, backward=True)
     inputs = _inputs(v, query, params, rows)
     after = None if carry is None else _tables(d_last)
     grads = backward(inputs, tables, d_out.reshape(inputs.v.shape), after, geo)
@@ -186,7 +186,9 @@ def _inputs(v: jax.Array, query: Any, params: EvoParams, rows: Any) -> Inputs:
     return Inputs(v.reshape(flat), None if query is None else query.reshape(flat), rows, params)
 
 
-def _geometry(v: jax.Array, query: Any, params: EvoParams, options: Options, backward: bool = False) -> Geometry:
+def _geometry(
+    v: jax.Array, query: Any, params: EvoParams, rows: Any, options: Options, backward: bool = False
+) -> Geometry:
     """Dot products take the operands' own precision: bf16, TF32 (which holds every 16-bit float), or TF32 x 3."""
     dtypes = {jnp.dtype(array.dtype).name for array in jax.tree.leaves((v, query, params))}
     if dtypes == {"bfloat16"}:
@@ -194,8 +196,10 @@ def _geometry(v: jax.Array, query: Any, params: EvoParams, options: Options, bac
     else:
         dot_dtype, precision = "float32", "tf32x3" if "float32" in dtypes else "tf32"
     interpret, hopper = options.mode == "interpret", tuned.for_hopper()
-    tokens = v.size // v.shape[-1]
-    default = evo_launch(v.shape[-1], dot_dtype, interpret=interpret, backward=backward, hopper=hopper, tokens=tokens)
+    tokens, plain = v.size // v.shape[-1], query is None and rows is None
+    default = evo_launch(
+        v.shape[-1], dot_dtype, interpret=interpret, backward=backward, hopper=hopper, tokens=tokens, plain=plain
+    )
     kernel, mask = "evo_backward" if backward else "evo_forward", "causal" if options.spec.causal else "full"
     launch = tuned.choose(tuned.Key.of(kernel, precision, v.shape[3], v.shape[2], mask), default, options.own)
     launch = launch if options.chunk is None else replace(launch, block_m=options.chunk)

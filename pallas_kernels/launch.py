@@ -42,7 +42,14 @@ REPEAT_WAVES = 4  # fewest programs for each multiprocessor that are left then
 
 
 def evo_launch(
-    width: int, dot_dtype: str, *, interpret: bool, backward: bool = False, hopper: bool = False, tokens: int = 0
+    width: int,
+    dot_dtype: str,
+    *,
+    interpret: bool,
+    backward: bool = False,
+    hopper: bool = False,
+    tokens: int = 0,
+    plain: bool = True,
 ) -> Launch:
     """The default launch for head width `width`, where all sequences and heads have so many `tokens`.
 
@@ -52,7 +59,8 @@ def evo_launch(
     give the backward's bfloat16 tiles room in registers (with four, one of them spilled on A100 with JAX 0.12's
     compiler). On Hopper that backward takes 64 columns and four warps, which an H200 ran a quarter faster, and a
     forward of a width of 16, 32, 64 or 128 takes several chunks a program: its kernels are four times what it reads
-    of one, and a product waits for each.
+    of one, and a product waits for each. Masked rows or a query, not `plain`, take registers: 64 columns and more have
+    none for that.
     """
     widest = 64 if dot_dtype == "bfloat16" and (hopper or not backward) else 32
     block_d = next(block for block in (widest, 32, 16) if width % block == 0 or block == 16)
@@ -61,7 +69,9 @@ def evo_launch(
     warps = 8 if dot_dtype == "bfloat16" and backward and block_d == 32 and not hopper else 4
     launch = Launch(block_m=64, block_d=block_d, num_warps=warps, num_stages=1, interpret=interpret)
     repeats = min(tokens // (REPEAT_WAVES * FILLED * launch.block_m), REPEATS)
-    if not hopper or backward or dot_dtype != "bfloat16" or width not in (16, 32, 64, 128) or repeats < 2:
+    if not hopper or backward or dot_dtype != "bfloat16" or repeats < 2:
+        return launch
+    if width not in ((16, 32, 64, 128) if plain else (16, 32)):
         return launch
     return replace(launch, repeats=repeats, num_stages=2 if width <= 64 else 1)
 
