@@ -196,7 +196,8 @@ def _geometry(
     else:
         dot_dtype, precision = "float32", "tf32x3" if "float32" in dtypes else "tf32"
     interpret, hopper = options.mode == "interpret", tuned.for_hopper()
-    tokens, plain = v.size // v.shape[-1], query is None and rows is None
+    tokens, several = v.size // v.shape[-1], v.shape[0] * v.shape[1] > 1
+    plain = query is None and rows is None and several and v.shape[2] % 64 == 0
     default = evo_launch(
         v.shape[-1], dot_dtype, interpret=interpret, backward=backward, hopper=hopper, tokens=tokens, plain=plain
     )

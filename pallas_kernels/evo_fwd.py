@@ -233,8 +233,10 @@ def _final_kernel(inputs: Inputs, gate_ref: Any, final_ref: Any, *, geo: Geometr
 def _norm(inputs: Inputs, tables: Tables, gate: jax.Array, geo: Geometry, final: bool = False) -> jax.Array:
     """Pass C2 of wide rows, in place of the gate, or of f if `final`, where the dtypes agree.
 
-    Blocks are narrower where products are split, and without a carry where they would spill registers on A100.
+    Blocks are narrower where products are split, and without a carry where they would spill registers on A100. With
+    several chunks a program, JAX 0.12's compiler takes half as many registers again.
     """
+    geo = replace(geo, launch=replace(geo.launch, repeats=1))
     if geo.dot_dtype == "float32":
         geo = replace(geo, launch=replace(geo.launch, block_d=16))
     elif geo.width > 128 and not geo.causal:
@@ -246,7 +248,7 @@ def _norm(inputs: Inputs, tables: Tables, gate: jax.Array, geo: Geometry, final:
         tables,
         gate,
         name="evo_norm",
-        grid=(-(-geo.chunks // geo.repeats), gate.shape[0]),
+        grid=(geo.chunks, gate.shape[0]),
         in_specs=(inputs.specs(1), Tables(*(plk.per_group(table, 1) for table in tables)), plk.per_group(gate, 1)),
         out_specs=plk.per_group(out, 1),
         out_shape=out,
@@ -262,28 +264,23 @@ def _norm_kernel(inputs: Inputs, tables: Tables, gate_ref: Any, out_ref: Any, *,
 
     Writing over the gate is safe: an output row waits for its LayerNorm, which waits for all of its gate.
     """
-    blocks = range(geo.blocks)
-    held = [inputs._replace(params=t.hold(inputs.params, block, geo)) for block in blocks]
-
-    def step(chunk: Any) -> None:
-        rows = t.chunk_rows(inputs.rows, chunk, geo)
-        parts = []
-        for block in blocks:
-            if is_final:
-                final = t.load_tile(gate_ref, rows.local, rows.inside, block, geo)
-            else:
-                final = final_gate(held[block], gate_ref, rows, block, geo)
-            v = load_v(inputs, rows, block, geo)
-            context = t.prefix(tables.context, chunk, block, v, geo, exact=True).astype(jnp.float32)
-            _, ok = t.columns(block, geo)
-            parts.append((block, ok, jnp.where(rows.live[:, None] & ok[None, :], final * context, 0.0)))
-        mean = reduce(jnp.add, [y.sum(1) for _, _, y in parts])[:, None] / geo.width
-        centred = [(block, jnp.where(ok[None, :], y - mean, 0.0)) for block, ok, y in parts]
-        variance = reduce(jnp.add, [(y * y).sum(1) for _, y in centred]) / geo.width
-        inverse = jax.lax.rsqrt(variance + t.NORM_EPS)
-        store_normalised(inputs, rows, [(block, y * inverse[:, None]) for block, y in centred], out_ref, geo)
-
-    t.each_chunk(step, plk.program_id(0), geo)
+    chunk = plk.program_id(0)
+    rows = t.chunk_rows(inputs.rows, chunk, geo)
+    parts = []
+    for block in range(geo.blocks):
+        if is_final:
+            final = t.load_tile(gate_ref, rows.local, rows.inside, block, geo)
+        else:
+            final = final_gate(inputs, gate_ref, rows, block, geo)
+        v = load_v(inputs, rows, block, geo)
+        context = t.prefix(tables.context, chunk, block, v, geo, exact=True).astype(jnp.float32)
+        _, ok = t.columns(block, geo)
+        parts.append((block, ok, jnp.where(rows.live[:, None] & ok[None, :], final * context, 0.0)))
+    mean = reduce(jnp.add, [y.sum(1) for _, _, y in parts])[:, None] / geo.width
+    centred = [(block, jnp.where(ok[None, :], y - mean, 0.0)) for block, ok, y in parts]
+    variance = reduce(jnp.add, [(y * y).sum(1) for _, y in centred]) / geo.width
+    inverse = jax.lax.rsqrt(variance + t.NORM_EPS)
+    store_normalised(inputs, rows, [(block, y * inverse[:, None]) for block, y in centred], out_ref, geo)
 
 
 def final_gate(inputs: Inputs, gate_ref: Any, rows: t.Rows, block: Any, geo: Geometry) -> jax.Array:

@@ -59,8 +59,8 @@ def evo_launch(
     give the backward's bfloat16 tiles room in registers (with four, one of them spilled on A100 with JAX 0.12's
     compiler). On Hopper that backward takes 64 columns and four warps, which an H200 ran a quarter faster, and a
     forward of a width of 16, 32, 64 or 128 takes several chunks a program: its kernels are four times what it reads
-    of one, and a product waits for each. Masked rows or a query, not `plain`, take registers: 64 columns and more have
-    none for that.
+    of one, and a product waits for each. It is 64 columns and more only where the call is `plain`: no query, no rows
+    that are masked or missing, more than one sequence or head. Anything else spills registers.
     """
     widest = 64 if dot_dtype == "bfloat16" and (hopper or not backward) else 32
     block_d = next(block for block in (widest, 32, 16) if width % block == 0 or block == 16)
