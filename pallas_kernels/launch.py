@@ -17,7 +17,7 @@ class Launch:
     num_stages: int
     interpret: bool
     block_k: int = 128  # columns of one part of a row, where a kernel reads rows in parts
-    repeats: int = 1  # chunks that one program takes, one after the other, while it holds their weights
+    repeats: int = 1  # chunks that one program of EvoAttention's forward takes, while it holds their weights
 
     def __post_init__(self) -> None:
         _check_tiles(self, ("block_m", "block_d", "block_k"))

@@ -103,10 +103,12 @@ def _repeat(count, body, state):
 
 
 def slice_of(tree, start, size, axis):
+    """Of every array of `tree` the `size` tokens from `start` on."""
     return jax.tree.map(lambda x: from_bits(lax.dynamic_slice_in_dim(bits_of(x), start, size, axis), x.dtype), tree)
 
 
 def write(bits, chunk, start, axis):
+    """An array, as bits_of gives it, with `chunk` in place of its tokens from `start` on."""
     return lax.dynamic_update_slice_in_dim(bits, bits_of(chunk), start, axis)
 
 
@@ -116,6 +118,7 @@ def bits_of(x):
 
 
 def from_bits(x, dtype):
+    """The array of which bits_of gave `x`."""
     return lax.bitcast_convert_type(x, dtype) if dtype == jnp.bfloat16 else x
 
 

@@ -49,7 +49,7 @@ def test_evo_equals_oracle(case):
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("width", [64, 128])
 def test_evo_in_programs_of_several_chunks(width, masked):
-    """As long sequences are launched on Hopper; the last program has one chunk."""
+    """As long sequences without a mask are launched on Hopper, and with one; the last program has one chunk."""
     case = EvoCase(4099, width, dtype="bfloat16", steady=True, mask="interior" if masked else None, own_query=masked)
     with tuned.override({"evo_forward": {"repeats": 8, "num_stages": 2 if width == 64 else 1}}):
         check_evo(case, "triton", GPU_TOLERANCE)

@@ -272,3 +272,43 @@ def test_default_launches_are_those_of_the_gpu_that_is_compiled_for():
         assert chosen() == attend_launch("forward", 64, "bf16", interpret=False, hopper=True) != general
         with override({"attend_forward": {"num_warps": 8}}):
             assert chosen().num_warps == 8 and chosen().num_stages == 3
+
+
+PLAIN = {"shape": (2, 8, 65536, 64), "dtype": "bfloat16"}
+
+
+@pytest.mark.parametrize(
+    ("change", "repeats"),
+    [
+        ({}, 8),
+        ({"shape": (2, 8, 65536, 128)}, 8),
+        ({"shape": (1, 8, 16384, 64)}, 4),
+        ({"shape": (2, 8, 65536, 32), "masked": True}, 8),
+        ({"shape": (1, 8, 4096, 64)}, 1),  # too few programs would be left
+        ({"shape": (2, 8, 65536, 80)}, 1),
+        ({"shape": (1, 1, 65536, 64)}, 1),  # these four would spill registers
+        ({"shape": (2, 8, 65537, 64)}, 1),
+        ({"masked": True}, 1),
+        ({"own_query": True}, 1),
+        ({"dtype": "float32"}, 1),
+        ({"capability": (8, 0)}, 1),
+    ],
+)
+def test_evo_takes_several_chunks_a_program_where_it_was_seen_not_to_spill(change, repeats):
+    case = PLAIN | {"masked": False, "own_query": False, "capability": (9, 0)} | change
+    v = jax.ShapeDtypeStruct(case["shape"], case["dtype"])
+    kernel, bias = (jax.ShapeDtypeStruct((v.shape[3],) * n, v.dtype) for n in (2, 1))
+    params = evo_jax.EvoParams(*(kernel if name.endswith("kernel") else bias for name in evo_jax.EvoParams._fields))
+    options = {"query": v} if case["own_query"] else {}
+    if case["masked"]:
+        options["attention_mask"] = jax.ShapeDtypeStruct((v.shape[0], v.shape[2]), bool)
+    with override(stored=False, capability=case["capability"]), recording() as launches:
+        run = lambda v, params, options: evo_jax.evo_attention(v, params, **options, implementation="triton")  # noqa: E731
+        jax.eval_shape(run, v, params, options)
+    assert next(c.launch.repeats for key, c in launches.items() if key.kernel == "evo_forward") == repeats
+
+
+def test_a_program_takes_one_chunk_at_least():
+    with override({"evo_forward": {"repeats": 0}}), pytest.raises(ValueError, match="repeats=0 must be at least 1"):
+        v, params = jnp.zeros((1, 1, 16, 16)), evo_jax.init_evo_params(jax.random.key(0), 16)
+        evo_jax.evo_attention(v, params, implementation="interpret")
