@@ -31,8 +31,8 @@ class AttentionOptions(TypedDict, total=False):
     mask: bool, broadcastable to (B, N, T, S), False hides a key, besides causality and pattern.
     attention_mask: (B, S), (B, 1, S) or (B, 1, S, 1), 1 for a valid key; where T < S the queries are the last T tokens.
         A masked token does not exist: no query sees it, its output row is 0, its NaN is harmless.
-    segment_ids: (B, L) integers where T == S == L, or a pair ((B, T), (B, S)); tokens see their own segment alone, and
-        a negative id means that there is no token.
+    segment_ids: (B, L) integers below 2**31 where T == S == L, or a pair ((B, T), (B, S)); tokens see their own segment
+        alone, and a negative id means that there is no token.
     query_seq_lengths, key_value_seq_lengths: (B,) integers; tokens from there on do not exist; cut to 0..T and 0..S.
     scale: factor of the scores; None for 1 / sqrt(D).
     logits_soft_cap: c bends scores to c * tanh(score / c).
@@ -87,8 +87,8 @@ def flash_attention(query: Any, key: Any, value: Any, **options: Unpack[Attentio
         (B, T, N, V) in the dtype of `query`; with return_residuals, (that, (B, T, N) float32 or float64).
 
     Raises:
-        ValueError: shapes that do not fit, or values out of range (a traced attention_mask other than 0 and 1 gives NaN
-            in its sequence). TypeError: dtypes, or an unknown option.
+        ValueError: shapes that do not fit, or values out of range (a traced attention_mask other than 0 and 1, or a
+            traced segment id of 2**31 or more, gives NaN in its sequence). TypeError: dtypes, or an unknown option.
         NotImplementedError: implementation="triton" or "interpret" where the kernels cannot do this case.
 
     >>> import jax, evo_jax
@@ -209,7 +209,8 @@ def head_windows(op: str, heads: int, local_heads: Any, window_sizes: Any) -> tu
         raise ValueError(f"{op}: {window_sizes=} is empty and there are {local} local heads; or give local_heads=0")
     share = local // len(sizes) if sizes else 0
     local_windows = [sizes[min(head // share, len(sizes) - 1)] - 1 for head in range(local)]
-    return tuple((min(reach, FAR), min(reach, FAR)) for reach in [*local_windows, *[FAR] * (heads - local)])
+    reaches = [*local_windows, *[FAR] * (heads - local)] or [FAR]  # without heads, one for all of them
+    return tuple((min(reach, FAR), min(reach, FAR)) for reach in reaches)
 
 
 def _attend(
@@ -220,6 +221,7 @@ def _attend(
     if unknown:
         choices = ", ".join(AttentionOptions.__annotations__)
         raise TypeError(f"{op}: unknown option {', '.join(map(repr, unknown))}; it takes {choices}")
+    residuals = shapes.boolean(op, "return_residuals", options.get("return_residuals", False))
     query, key, value = shapes.attention_arrays(op, query, key, value)
     mask, bias, bad = attention_masks.build(op, query, key, pattern(query.shape[2]), options)
     rate, seed = _dropout(op, options)
@@ -233,7 +235,7 @@ def _attend(
         out, lse = (
             jnp.where(bad.reshape(-1, *[1] * (x.ndim - 1)), jnp.asarray(jnp.nan, x.dtype), x) for x in (out, lse)
         )
-    return (out, lse) if options.get("return_residuals", False) else out
+    return (out, lse) if residuals else out
 
 
 def _scale(op: str, query: jax.Array, options: AttentionOptions) -> float:

@@ -2,6 +2,8 @@
 
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import reduce
+from operator import or_
 from typing import Any
 
 import jax
@@ -15,10 +17,10 @@ from reference.mask import FAR, Mask, Pattern
 def build(
     op: str, query: jax.Array, key: jax.Array, pattern: Pattern, options: Mapping[str, Any]
 ) -> tuple[Mask, jax.Array | None, jax.Array | None]:
-    """(mask, bias, which sequences have a traced attention_mask that is neither 0 nor 1; None if they cannot)."""
+    """(mask, bias, which sequences have a traced mask that is neither 0 nor 1, or such ids; None if they cannot)."""
     batch, queries, heads, _ = query.shape
     shape = (batch, heads, queries, key.shape[1])
-    pattern = replace(pattern, causal=bool(options.get("is_causal", True)))
+    pattern = replace(pattern, causal=shapes.boolean(op, "is_causal", options.get("is_causal", True)))
     limits = {"query_seq_lengths": queries, "key_value_seq_lengths": shape[3]}
     given = [(shapes.lengths(op, name, options.get(name), batch), limit) for name, limit in limits.items()]
     lengths = [None if x is None else jnp.clip(x, 0, limit) for x, limit in given]
@@ -51,7 +53,7 @@ def _offset(
                 raise ValueError(f"{op}: q_offset={given} must be within {-FAR // 2} and {FAR // 2}")
             return given, None
         given = jnp.broadcast_to(given, (batch,)) if jnp.ndim(given) == 0 else given
-        return 0, shapes.lengths(op, "q_offset", given, batch)
+        return 0, jnp.clip(shapes.lengths(op, "q_offset", given, batch), -FAR // 2, FAR // 2)  # as good as any beyond
     if lengths == [None, None]:
         return keys - queries, None
     last_q, last_k = (n if x is None else x for x, n in zip(lengths, (queries, keys), strict=True))
@@ -61,24 +63,36 @@ def _offset(
 def _segments(op: str, shape: tuple[int, ...], mask: Any, segment_ids: Any) -> tuple[Any, Any, jax.Array | None]:
     """(ids of queries, ids of keys, bad sequences); -1 for a token that does not exist."""
     batch, _, queries, keys = shape
-    q_ids, kv_ids, bad = None, None, None
+    q_ids, kv_ids, bad = None, None, []
     if segment_ids is not None:
         pair = segment_ids if isinstance(segment_ids, tuple) else (segment_ids, segment_ids)
         if len(pair) != 2:
             raise ValueError(f"{op}: segment_ids must be one array or a pair of them, not {len(pair)}")
-        q_ids, kv_ids = (
-            shapes.segment_ids(op, x, batch, n).astype(jnp.int32) for x, n in zip(pair, (queries, keys), strict=True)
-        )
+        (q_ids, *bad_q), (kv_ids, *bad_kv) = (_ids(op, x, batch, n) for x, n in zip(pair, (queries, keys), strict=True))
+        bad = bad_q + bad_kv
     if mask is not None:
         if queries > keys:
             raise ValueError(
                 f"{op}: attention_mask needs queries among the keys, not {queries} of them and {keys} keys"
             )
         valid, wrong = padding.valid(op, mask, batch, keys)
-        bad = None if wrong is None else wrong.any(axis=1)
+        bad += [] if wrong is None else [wrong.any(axis=1)]
         q_ids = jnp.where(valid[:, keys - queries :], 0 if q_ids is None else q_ids, jnp.int32(-1))
         kv_ids = jnp.where(valid, 0 if kv_ids is None else kv_ids, jnp.int32(-1))
-    return q_ids, kv_ids, bad
+    return q_ids, kv_ids, reduce(or_, bad) if bad else None
+
+
+def _ids(op: str, ids: Any, batch: int, length: int) -> tuple[jax.Array, ...]:
+    """(segment ids as int32, and, where traced ones may be too large for that, which sequences have such)."""
+    ids = shapes.segment_ids(op, ids, batch, length)
+    if jnp.iinfo(ids.dtype).max <= shapes.INT32.max:
+        return (shapes.int32(ids),)
+    beyond = (ids > shapes.INT32.max).any(axis=1)
+    if not shapes.known(ids):
+        return shapes.int32(ids), beyond
+    if beyond.any():
+        raise ValueError(f"{op}: segment_ids hold {ids.max()} and must be at most {shapes.INT32.max}")
+    return (shapes.int32(ids),)
 
 
 def _hidden_keys(shape: tuple[int, ...], keep: jax.Array, q_ids: Any, kv_ids: Any) -> tuple[jax.Array, jax.Array]:

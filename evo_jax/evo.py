@@ -109,7 +109,9 @@ def evo_attention(
     v, query = shapes.values(_OP, v, query)
     params = shapes.evo_params(_OP, _default_params(v.shape[3]) if params is None else params, v.shape[3])
     shapes.one_of(_OP, "mask_semantics", mask_semantics, ("padding", "multiply"))
-    spec = EvoSpec(bool(causal), mask_semantics == "padding", _accum_dtype(v, initial_state, accum_dtype))
+    return_state = shapes.boolean(_OP, "return_state", return_state)
+    causal = shapes.boolean(_OP, "causal", causal)
+    spec = EvoSpec(causal, mask_semantics == "padding", _accum_dtype(v, initial_state, accum_dtype))
     launch = shapes.launch(_OP, block_m=block_m, num_warps=num_warps, num_stages=num_stages)
     state = _state(initial_state, return_state, v, spec)
     before = None if state is None else state.count

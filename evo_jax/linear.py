@@ -73,13 +73,16 @@ def linear_attention(
     >>> bool(jnp.allclose(jnp.concatenate([first, rest], axis=1), whole, atol=1e-5))
     True
     """
+    is_causal, return_state = (
+        shapes.boolean(_OP, name, x) for name, x in (("is_causal", is_causal), ("return_state", return_state))
+    )
     query, key, value = shapes.attention_arrays(_OP, query, key, value, same_length=is_causal, same_dtype=True)
     rows, bad = _rows(query, key, attention_mask, segment_ids)
     shapes.feature_map(_OP, feature_map)
     if callable(feature_map):
         query, key = _mapped("query", query, feature_map, rows), _mapped("key", key, feature_map, rows)
         feature_map = "identity"
-    spec = LinearSpec(feature_map, bool(is_causal), shapes.not_negative(_OP, "eps", eps))
+    spec = LinearSpec(feature_map, is_causal, shapes.not_negative(_OP, "eps", eps))
     state = _state(initial_state, key, value)
     launch = shapes.launch(_OP, block=block, num_warps=num_warps, num_stages=num_stages)
     how = choose(_OP, implementation, lambda: _refusal(query, key, value, state, rows, spec), (query, key, value))

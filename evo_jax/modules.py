@@ -63,7 +63,8 @@ class EvoAttention(Streams):
         for name, array in init_evo_params(rngs.params(), self.head_dim, self.param_dtype)._asdict().items():
             setattr(self, name, nnx.Param(array))
         options = {"dtype": dtype, "param_dtype": param_dtype, "promote_dtype": promote}
-        self.out_proj = nnx.Linear(embed_dim, embed_dim, **options, rngs=rngs) if out_proj else None
+        own = shapes.boolean("EvoAttention", "out_proj", out_proj)
+        self.out_proj = nnx.Linear(embed_dim, embed_dim, **options, rngs=rngs) if own else None
 
     @property
     def params(self) -> EvoParams:
@@ -184,7 +185,8 @@ class LinearAttention(GroupedHeads):
         )
         op = type(self).__name__
         self.scale = None if scale is None else shapes.finite(op, "scale", scale)
-        self.feature_map, self.is_causal, self.eps = feature_map, is_causal, shapes.not_negative(op, "eps", eps)
+        self.feature_map, self.is_causal = feature_map, shapes.boolean(op, "is_causal", is_causal)
+        self.eps = shapes.not_negative(op, "eps", eps)
 
     def init_cache(self, batch_size: int, capacity: int | None = None, dtype: Any = None) -> LinearState:
         """The state before the first token, of a size that no sequence changes: `capacity` is not used.

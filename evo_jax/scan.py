@@ -52,9 +52,10 @@ def prefix_sum(
     """
     x = _summable(x)
     axis = shapes.scan_axis(_OP, x, axis)
+    reverse, exclusive = shapes.boolean(_OP, "reverse", reverse), shapes.boolean(_OP, "exclusive", exclusive)
     accum_dtype = shapes.accum_dtype(_OP, x, accum_dtype)
     how = choose(_OP, implementation, lambda: _refusal(x), (x,))
-    return _run(x, axis, bool(reverse), bool(exclusive), accum_dtype, how)
+    return _run(x, axis, reverse, exclusive, accum_dtype, how)
 
 
 def _summable(x: Any) -> jax.Array:

@@ -16,6 +16,7 @@ from reference.linear_maps import FEATURE_MAPS
 
 _FEATURE_MAPS = tuple(name for name in FEATURE_MAPS if name != "identity")
 _FLOATS = ("float16", "bfloat16", "float32", "float64")
+INT32, FLOAT32_MAX = np.iinfo(np.int32), float(np.finfo(np.float32).max)
 MASK_SHAPES = "(B, L), (B, 1, L) or (B, 1, L, 1)"
 _GATED = ("evo_attention", "EvoAttention")  # what has values alone, v, and takes mask_semantics
 
@@ -71,7 +72,7 @@ def attention_arrays(
 
 
 def segment_ids(op: str, ids: Any, batch: int, length: int) -> jax.Array:
-    """`ids` (B, L) of integers."""
+    """`ids` (B, L) of integers, in their own dtype."""
     ids = jnp.asarray(ids)
     if not jnp.issubdtype(ids.dtype, jnp.integer):
         raise TypeError(f"{op}: segment_ids.dtype={ids.dtype.name} must be an integer dtype")
@@ -156,12 +157,19 @@ def at_least(op: str, name: str, value: Any, least: int) -> int:
     return value
 
 
+def boolean(op: str, name: str, value: Any) -> bool:
+    """`value` as a bool; TypeError for anything else, traced values included."""
+    if not isinstance(value, bool | np.bool_):
+        raise TypeError(f"{op}: {name}={value!r} must be True or False, known while tracing")
+    return bool(value)
+
+
 def finite(op: str, name: str, value: Any) -> float:
-    """`value` as a finite float; TypeError for anything else, traced values included."""
-    if isinstance(value, bool | str | jax.Array) or not isinstance(value, int | float | np.number):
+    """`value` as a float that is finite in float32 too; TypeError for anything else, traced values included."""
+    if isinstance(value, bool | str | jax.Array) or not isinstance(value, int | float | np.integer | np.floating):
         raise TypeError(f"{op}: {name}={value!r} must be a float, known while tracing")
-    if not np.isfinite(value):
-        raise ValueError(f"{op}: {name}={value} must be finite")
+    if not abs(value) <= FLOAT32_MAX:
+        raise ValueError(f"{op}: {name}={value} must be finite, and in the range of float32")
     return float(value)
 
 
@@ -181,7 +189,13 @@ def lengths(op: str, name: str, value: Any, batch: int) -> jax.Array | None:
         raise TypeError(f"{op}: {name}.dtype={value.dtype.name} must be an integer dtype")
     if value.shape != (batch,):
         raise ValueError(f"{op}: {name}.shape={value.shape} must be (B,) = {(batch,)}, one number per sequence")
-    return value.astype(jnp.int32)
+    return int32(value)
+
+
+def int32(x: jax.Array) -> jax.Array:
+    """Integers as int32; those beyond its range become its ends, and do not wrap around."""
+    low, high = max(jnp.iinfo(x.dtype).min, INT32.min), min(jnp.iinfo(x.dtype).max, INT32.max)
+    return jnp.clip(x, low, high).astype(jnp.int32)
 
 
 def broadcastable(op: str, name: str, x: Any, shape: tuple[int, ...]) -> jax.Array | None:

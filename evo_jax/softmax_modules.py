@@ -67,10 +67,12 @@ class SoftmaxAttention(GroupedHeads):
         dropout_rate: float = 0.0,
         **projections: Any,
     ):
+        op = type(self).__name__
         super().__init__(hidden_size, num_heads, **projections)
-        self.scale, self.is_causal, self.logits_soft_cap = scale, is_causal, logits_soft_cap
-        self.dropout_rate = dropout_rate
-        self.sinks = nnx.Param(jnp.zeros((num_heads,), self.param_dtype)) if sinks else None
+        self.scale, self.is_causal = scale, shapes.boolean(op, "is_causal", is_causal)
+        self.logits_soft_cap, self.dropout_rate = logits_soft_cap, dropout_rate
+        own = shapes.boolean(op, "sinks", sinks)
+        self.sinks = nnx.Param(jnp.zeros((num_heads,), self.param_dtype)) if own else None
 
     def attend(self, query: jax.Array, key: jax.Array, value: jax.Array, **options: Any) -> jax.Array:
         """(B, L, N, D) of one kind of attention."""

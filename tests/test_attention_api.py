@@ -307,11 +307,37 @@ def test_explain_names_the_four_and_why():
     ]
 
 
+def test_ids_and_offsets_past_int32_never_wrap_around():
+    """Traced, where no error can be raised: a segment id gives NaN, lengths and offsets mean what they say."""
+    ids = jnp.where(jnp.arange(L) < 20, 5, jnp.array([[6], [2**31 + 5]], jnp.uint32))
+    out = jax.jit(lambda ids: flash(Q, KEY, VALUE, segment_ids=ids))(ids)
+    assert np.isnan(out[1]).all()
+    assert_close("other sequence", out[0], flash(Q, KEY, VALUE, segment_ids=ids.astype(int))[0], 1e-6)
+    far = {name: jnp.full(B, 2**32 - 1, jnp.uint32) for name in ("query_seq_lengths", "key_value_seq_lengths")}
+    assert_close("lengths", flash(Q, KEY, VALUE, **far), flash(Q, KEY, VALUE), 1e-6)
+    for offset in (2**31 - 1, -(2**31)):
+        moved, beyond = (
+            sliding(Q, KEY, VALUE, window_size=5, q_offset=x)
+            for x in (jnp.array(offset), 2**29 if offset > 0 else -(2**29))
+        )
+        np.testing.assert_array_equal(moved, beyond)
+        assert not np.asarray(moved).any()
+    every = flash(Q, KEY, VALUE, is_causal=False)
+    assert_close("all keys are earlier", flash(Q, KEY, VALUE, q_offset=jnp.array(2**31 - 1)), every, 1e-6)
+
+
+def test_no_heads():
+    assert multiscale(Q[:, :, :0], KEY, VALUE).shape == (B, L, 0, V)
+
+
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
         ({"window": 3}, TypeError, "unknown option 'window'; it takes is_causal"),
+        ({"is_causal": "no"}, TypeError, "is_causal='no' must be True or False"),
+        ({"return_residuals": 1}, TypeError, "return_residuals=1 must be True or False"),
         ({"scale": "big"}, TypeError, "scale='big'"),
+        ({"scale": 1e39}, ValueError, r"scale=1e\+39 must be finite, and in the range of float32"),
         ({"logits_soft_cap": -1.0}, ValueError, r"logits_soft_cap=-1\.0"),
         ({"sinks": np.zeros(3, np.float32)}, ValueError, r"sinks\.shape=\(3,\)"),
         ({"bias": np.zeros((L, L), np.int32)}, TypeError, r"bias\.dtype=int32"),
@@ -320,6 +346,7 @@ def test_explain_names_the_four_and_why():
         ({"attention_mask": np.ones((B, L + 1))}, ValueError, r"attention_mask\.shape=\(2, 41\)"),
         ({"segment_ids": np.zeros((B, 3), np.int32)}, ValueError, r"segment_ids\.shape=\(2, 3\)"),
         ({"segment_ids": np.zeros((B, L), np.float32)}, TypeError, r"segment_ids\.dtype=float32"),
+        ({"segment_ids": np.full((B, L), 2**31, np.uint32)}, ValueError, "segment_ids hold 2147483648"),
         ({"query_seq_lengths": np.zeros(3, np.int32)}, ValueError, r"query_seq_lengths\.shape=\(3,\)"),
         ({"q_offset": np.zeros(3, np.int32)}, ValueError, r"q_offset\.shape=\(3,\)"),
         ({"q_offset": 2**40}, ValueError, "q_offset=1099511627776 must be within"),
@@ -349,6 +376,7 @@ def test_what_does_not_fit_is_refused_by_name(options, error, message):
             TypeError,
             "window_sizes=8 must be a tuple",
         ),
+        (lambda: multiscale(Q[:, :, :0], KEY, VALUE, window_sizes=(8,)), ValueError, "more than the 0 local heads"),
         (lambda: evo_jax.flash_attention(Q, KEY[:, :, :1].repeat(3, 2), VALUE), ValueError, "must agree"),
         (lambda: evo_jax.flash_attention(Q, KEY.astype("float16"), VALUE), TypeError, "of one dtype"),
         (lambda: evo_jax.flash_attention(None, KEY, VALUE), TypeError, "query must be an array, not None"),

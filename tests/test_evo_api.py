@@ -290,6 +290,8 @@ V2 = np.ones((B, H, L, D), np.float32)
         (V2, {"num_stages": 0}, ValueError, "num_stages=0 must be at least 1"),
         (V2, {"num_stages": 1.5}, TypeError, "num_stages=1.5 must be an int"),
         (V2, {"implementation": "auto"}, ValueError, "implementation='auto' is not one of"),
+        (V2, {"causal": "no"}, TypeError, "causal='no' must be True or False"),
+        (V2, {"return_state": 1}, TypeError, "return_state=1 must be True or False"),
     ],
 )
 def test_refusals_name_the_argument_its_value_and_the_way_out(v, options, error, message):

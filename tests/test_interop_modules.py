@@ -325,6 +325,12 @@ def test_constructors_have_the_names_order_and_defaults_of_the_original():
         (lambda: CUDA.flash(32, 4)(X, torch.ones(9, 9).tril()[None, None]), ValueError, "holds only 0 and 1"),
         (lambda: EvoAttention(32, 4)(X, attention_mask=-torch.ones(2, 9)), ValueError, "must hold only 0 and 1"),
         (lambda: CUDA.flash(32, 4)(X, past_key_value=(X, X)), ValueError, r"\(2, S, 4, 8\)"),
+        (lambda: CUDA.flash(32, 4)(X, segment_ids=torch.ones(2, 9)), TypeError, "segment_ids.dtype=torch.float32"),
+        (
+            lambda: CUDA.flash(32, 4)(X, segment_ids=torch.full((2, 9), 2**31)),
+            ValueError,
+            "segment_ids hold 2147483648",
+        ),
         (lambda: CUDA.flash(32, 4).double()(X), TypeError, "jax_enable_x64"),
         (lambda: EvoAttention(32, 4)(X, accum_dtype=torch.float64), ValueError, "jax_enable_x64"),
     ],

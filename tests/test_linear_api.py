@@ -256,6 +256,8 @@ def test_every_implementation_gives_the_same_numbers(implementation):
         ((Q, KEY, VALUE), {"initial_state": tuple(STATE)}, TypeError, "must be an evo_jax.LinearState"),
         ((Q, KEY, VALUE), {"implementation": "cuda"}, ValueError, "implementation='cuda'"),
         ((Q, KEY, VALUE), {"block": 48}, ValueError, "block=48 must be a power of two"),
+        ((Q, KEY, VALUE), {"is_causal": "no"}, TypeError, "is_causal='no' must be True or False"),
+        ((Q, KEY, VALUE), {"return_state": 1}, TypeError, "return_state=1 must be True or False"),
         ((Q, KEY, VALUE), {"eps": -1.0}, ValueError, r"eps=-1\.0 must be at least 0"),
         ((Q, KEY, VALUE), {"eps": "a"}, TypeError, "eps='a' must be a float"),
         ((Q, KEY, VALUE), {"implementation": ["triton"]}, ValueError, r"implementation=\['triton'\]"),

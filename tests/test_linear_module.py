@@ -192,6 +192,7 @@ def test_the_factory_makes_the_module_reproducibly(name):
         (lambda: evo_jax.linen.LinearAttention(E, 4, features="elu"), TypeError, "features"),
         (lambda: CUDA.create("flush", E, N), ValueError, "attn_type='flush' must be one of 'flash', .*'linear'"),
         (lambda: CUDA.linear(E, N, window=3), TypeError, "window"),
+        (lambda: CUDA.linear(E, N, is_causal=0), TypeError, "LinearAttention: is_causal=0 must be True or False"),
         (lambda: CUDA.linear(E, N, eps=-1.0), ValueError, r"LinearAttention: eps=-1\.0 must be at least 0"),
         (lambda: CUDA.linear(E, N, scale=float("nan")), ValueError, "LinearAttention: scale=nan must be finite"),
     ],

@@ -146,6 +146,7 @@ def test_linen_layers_nest_in_linen_modules():
         ({"embed_dim": 12, "num_heads": 0}, ValueError, "embed_dim=12 and num_heads=0 must be at least 1"),
         ({"embed_dim": 12.0, "num_heads": 3}, TypeError, "embed_dim=12.0 must be an int"),
         ({"embed_dim": 12, "num_heads": 3, "dtype": jnp.int32}, TypeError, "dtype=int32 must be one of float16"),
+        ({"embed_dim": 12, "num_heads": 3, "out_proj": "no"}, TypeError, "out_proj='no' must be True or False"),
     ],
 )
 def test_constructors_refuse_what_does_not_fit(arguments, error, message):

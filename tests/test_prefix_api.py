@@ -109,6 +109,8 @@ def test_numpy_and_lists_are_accepted():
         (np.ones(3), {"accum_dtype": "nonsense"}, TypeError, "accum_dtype='nonsense' is not a dtype"),
         (np.ones(3), {"accum_dtype": jnp.float64}, ValueError, "accum_dtype=float64 needs .*jax_enable_x64"),
         (np.ones(3), {"implementation": "cuda"}, ValueError, "implementation='cuda' is not one of"),
+        (np.ones(3), {"reverse": "no"}, TypeError, "reverse='no' must be True or False, known while tracing"),
+        (np.ones(3), {"exclusive": None}, TypeError, "exclusive=None must be True or False"),
     ],
 )
 def test_refusals_name_the_argument_its_value_and_the_way_out(x, options, error, message):

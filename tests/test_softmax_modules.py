@@ -210,6 +210,8 @@ def test_rotary_tables():
         (lambda: CUDA.linear(E, N, window=3), TypeError, "LinearAttention takes no 'window', but dtype"),
         (lambda: CUDA.local(E, N, window_size=0), ValueError, "window_size=0"),
         (lambda: CUDA.sparse(E, N, block_size=0), ValueError, "block_size=0"),
+        (lambda: CUDA.flash(E, N, is_causal="no"), TypeError, "FlashAttention: is_causal='no' must be True or False"),
+        (lambda: CUDA.flash(E, N, sinks=1), TypeError, "FlashAttention: sinks=1 must be True or False"),
         (lambda: CUDA.multiscale(E, N, local_heads=5), ValueError, "local_heads=5"),
         (lambda: CUDA.multiscale(E, N, window_sizes=(1, 2, 3)), ValueError, "more than the 2 local heads"),
         (lambda: CUDA.create("strided", E, N), ValueError, "attn_type='strided' must be one of 'flash'"),

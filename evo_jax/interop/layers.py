@@ -139,7 +139,7 @@ class SoftmaxTwin(TorchAttention):
         if self.training and dict[str, Any](self.spec.options).get("dropout_rate"):
             given["dropout_seed"] = torch.randint(2**31 - 1, (), dtype=torch.int32, device=hidden_states.device)
         if segment_ids is not None:
-            given["segment_ids"] = segment_ids.to(torch.int32)
+            given["segment_ids"] = segments(type(self).__name__, segment_ids)
         out, new = _softmax_attention(
             self.spec,
             self.weights(),
@@ -189,6 +189,16 @@ def shape_of(layer: TorchAttention, x: Tensor) -> torch.Size:
         op = type(layer).__name__
         raise ValueError(f"{op}: hidden_states.shape={tuple(x.shape)} must be (B, L, {layer.hidden_size})")
     return x.shape
+
+
+def segments(op: str, ids: Tensor) -> Tensor:
+    """Segment ids as int32, negative ones as -1."""
+    if ids.dtype == torch.bool or ids.is_floating_point() or ids.is_complex():
+        raise TypeError(f"{op}: segment_ids.dtype={ids.dtype} must be an integer dtype")
+    ids = ids.to(torch.int64) if ids.dtype in (torch.uint32, torch.uint64) else ids  # for which torch has no max
+    if ids.dtype == torch.int64 and ids.numel() and (largest := int(ids.max())) > shapes.INT32.max:
+        raise ValueError(f"{op}: segment_ids hold {largest} and must be at most {shapes.INT32.max}")
+    return ids.to(torch.int32) if ids.dtype == torch.uint8 else ids.clamp(min=-1).to(torch.int32)
 
 
 def token_mask(op: str, mask: Tensor, batch: int, total: int, cut: bool) -> Tensor:
@@ -330,7 +340,7 @@ class LinearAttention(TorchAttention):
         if attention_mask is not None:
             mask = as_bool("LinearAttention", attention_mask)
             attention_mask = token_mask("LinearAttention", mask, batch, tokens, cut=past_key_value is not None)
-        segment_ids = None if segment_ids is None else segment_ids.to(torch.int32)
+        segment_ids = None if segment_ids is None else segments("LinearAttention", segment_ids)
         options = {"position_embeddings": position_embeddings, "segment_ids": segment_ids}
         options |= {"attention_mask": attention_mask, "implementation": implementation}
         return _linear_attention(
