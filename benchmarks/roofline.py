@@ -75,7 +75,9 @@ def _band(pattern: Pattern, window: tuple[int, int], position: np.ndarray, last:
     seen = np.maximum(high - low + 1, 0)
     first = np.minimum(pattern.num_global, last + 1)  # global keys that the query may see
     outside = np.minimum(first, low) + np.maximum(first - np.maximum(high + 1, low), 0)
-    seen = np.where(position < pattern.num_global, np.maximum(last + 1, 0), seen + np.maximum(outside, 0))
+    seen = np.where(
+        (position >= 0) & (position < pattern.num_global), np.maximum(last + 1, 0), seen + np.maximum(outside, 0)
+    )
     return int(seen.sum())
 
 

@@ -75,7 +75,8 @@ def flash_attention(query: Any, key: Any, value: Any, **options: Unpack[Attentio
 
     `out_i = sum_j softmax_j(scale * q_i . k_j + bias_ij) v_j`. Scores, softmax and sums are float32 (float64 for
     float64 arrays). A query that may see no key gives exactly 0, and nothing flows back through it. First derivatives
-    only: the kernels have no forward mode. Source: "FlashAttention-2" (Dao, 2023).
+    only, in reverse mode; without kernels second ones too, forward over reverse, as `jax.hessian` takes them. Source:
+    "FlashAttention-2" (Dao, 2023).
 
     Args:
         query: (B, T, N, D), float16, bfloat16, float32, or float64 where x64 is on.
@@ -225,7 +226,8 @@ def _attend(
     query, key, value = shapes.attention_arrays(op, query, key, value)
     mask, bias, bad = attention_masks.build(op, query, key, pattern(query.shape[2]), options)
     rate, seed = _dropout(op, options)
-    spec = AttendSpec(_scale(op, query, options), _soft_cap(op, options), rate)
+    scale, soft_cap = shapes.scale(op, options.get("scale")), shapes.soft_cap(op, options.get("logits_soft_cap"))
+    spec = AttendSpec(query.shape[3] ** -0.5 if scale is None else scale, soft_cap, rate)
     inputs = AttendInputs(query, key, value, mask, bias, _sinks(op, query, options), seed)
     names = ("block_q", "block_k", "num_warps", "num_stages")
     launch = shapes.launch(op, **{name: options.get(name) for name in names})
@@ -236,20 +238,6 @@ def _attend(
             jnp.where(bad.reshape(-1, *[1] * (x.ndim - 1)), jnp.asarray(jnp.nan, x.dtype), x) for x in (out, lse)
         )
     return (out, lse) if residuals else out
-
-
-def _scale(op: str, query: jax.Array, options: AttentionOptions) -> float:
-    scale = options.get("scale")
-    return query.shape[3] ** -0.5 if scale is None else shapes.finite(op, "scale", scale)
-
-
-def _soft_cap(op: str, options: AttentionOptions) -> float | None:
-    cap = options.get("logits_soft_cap")
-    if cap is None:
-        return None
-    if not (cap := shapes.finite(op, "logits_soft_cap", cap)) > 0:
-        raise ValueError(f"{op}: logits_soft_cap={cap} must be greater than 0, or None")
-    return cap
 
 
 def _sinks(op: str, query: jax.Array, options: AttentionOptions) -> jax.Array | None:
@@ -263,9 +251,7 @@ def _sinks(op: str, query: jax.Array, options: AttentionOptions) -> jax.Array | 
 
 def _dropout(op: str, options: AttentionOptions) -> tuple[float, jax.Array | None]:
     """(rate, seed as uint32); (0, None) where nothing is dropped."""
-    rate, seed = shapes.finite(op, "dropout_rate", options.get("dropout_rate", 0.0)), options.get("dropout_seed")
-    if not 0 <= rate < 1:
-        raise ValueError(f"{op}: dropout_rate={rate} must be at least 0 and less than 1")
+    rate, seed = shapes.dropout_rate(op, options.get("dropout_rate", 0.0)), options.get("dropout_seed")
     if seed is None or not rate:
         return 0.0, None
     seed = jnp.asarray(seed & 0xFFFFFFFF, jnp.uint32) if isinstance(seed, int) else jnp.asarray(seed)

@@ -22,8 +22,8 @@ def build(
     shape = (batch, heads, queries, key.shape[1])
     pattern = replace(pattern, causal=shapes.boolean(op, "is_causal", options.get("is_causal", True)))
     limits = {"query_seq_lengths": queries, "key_value_seq_lengths": shape[3]}
-    given = [(shapes.lengths(op, name, options.get(name), batch), limit) for name, limit in limits.items()]
-    lengths = [None if x is None else jnp.clip(x, 0, limit) for x, limit in given]
+    given = [(name, options.get(name), limit) for name, limit in limits.items()]
+    lengths = [None if x is None else jnp.clip(shapes.lengths(op, name, x, batch), 0, n) for name, x, n in given]
     static, offset = _offset(op, pattern, shape, lengths, options.get("q_offset"))
     q_segments, kv_segments, bad = _segments(op, shape, options.get("attention_mask"), options.get("segment_ids"))
     keep = shapes.broadcastable(op, "mask", options.get("mask"), shape)
@@ -48,12 +48,12 @@ def _offset(
     if not (pattern.causal or pattern.banded or pattern.scattered):
         return 0, None  # positions play no part
     if given is not None:
-        if isinstance(given, int) and not isinstance(given, bool):
+        if isinstance(given, int | np.integer) and not isinstance(given, bool):
             if abs(given) > FAR // 2:
                 raise ValueError(f"{op}: q_offset={given} must be within {-FAR // 2} and {FAR // 2}")
-            return given, None
-        given = jnp.broadcast_to(given, (batch,)) if jnp.ndim(given) == 0 else given
-        return 0, jnp.clip(shapes.lengths(op, "q_offset", given, batch), -FAR // 2, FAR // 2)  # as good as any beyond
+            return int(given), None
+        offset = shapes.lengths(op, "q_offset", given, batch, shared=True)
+        return 0, jnp.clip(offset, -FAR // 2, FAR // 2)  # as good as any beyond
     if lengths == [None, None]:
         return keys - queries, None
     last_q, last_k = (n if x is None else x for x, n in zip(lengths, (queries, keys), strict=True))
@@ -85,14 +85,8 @@ def _segments(op: str, shape: tuple[int, ...], mask: Any, segment_ids: Any) -> t
 def _ids(op: str, ids: Any, batch: int, length: int) -> tuple[jax.Array, ...]:
     """(segment ids as int32, and, where traced ones may be too large for that, which sequences have such)."""
     ids = shapes.segment_ids(op, ids, batch, length)
-    if jnp.iinfo(ids.dtype).max <= shapes.INT32.max:
-        return (shapes.int32(ids),)
-    beyond = (ids > shapes.INT32.max).any(axis=1)
-    if not shapes.known(ids):
-        return shapes.int32(ids), beyond
-    if beyond.any():
-        raise ValueError(f"{op}: segment_ids hold {ids.max()} and must be at most {shapes.INT32.max}")
-    return (shapes.int32(ids),)
+    small = shapes.known(ids) or shapes.fits_int32(ids)
+    return (shapes.int32(ids),) if small else (shapes.int32(ids), (ids > shapes.INT32.max).any(axis=1))
 
 
 def _hidden_keys(shape: tuple[int, ...], keep: jax.Array, q_ids: Any, kv_ids: Any) -> tuple[jax.Array, jax.Array]:

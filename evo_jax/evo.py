@@ -64,7 +64,8 @@ def evo_attention(
     With `lin_n(a) = a @ n_kernel + n_bias`, and c, S running sums over the tokens (causal) or sums over all of them:
     `g = sigmoid(lin_gate(c / t))`, `S = sum(g v)`, `r = lin_q(query) / (|S| + |lin_local(v)| + 1e-8)`,
     `f = sigmoid(lin_final(silu(r) v))`, `out = LayerNorm(f c)`. It is neither softmax nor a function of query-key
-    products. Source: the evo-attn package. First derivatives only: the kernels have no forward mode.
+    products. Source: the evo-attn package. First derivatives only, in reverse mode; without kernels
+    second ones too, reverse over reverse, but in bfloat16.
 
     Args:
         v: (B, H, L, D) values; float16, bfloat16, float32, or float64 where x64 is on. Any size may be 0 but D.
@@ -160,7 +161,7 @@ def _state(state: Any, wanted: bool, v: jax.Array, spec: EvoSpec) -> EvoState | 
                 f"{_OP}: initial_state.{name}.shape={array.shape} must be {(batch, heads, width)} for {v.shape=}"
             )
     count = shapes.lengths(_OP, "initial_state.count", state.count, batch)
-    if count is not None and shapes.known(count) and (np.asarray(count) < 0).any():
+    if shapes.known(count) and (np.asarray(count) < 0).any():
         raise ValueError(f"{_OP}: initial_state.count={np.asarray(count)} must be at least 0")
     return EvoState(sums[0].astype(dtype), sums[1].astype(dtype), count)
 

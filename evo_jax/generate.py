@@ -110,15 +110,15 @@ def generate(
 
 
 def _prompt(prompt: Any) -> Array:
-    prompt = jnp.asarray(prompt)
-    if not jnp.issubdtype(prompt.dtype, jnp.integer):
-        raise TypeError(f"{_OP}: prompt.dtype={prompt.dtype.name} must be an integer dtype")
+    prompt = shapes.integers(_OP, "prompt", prompt)
     if prompt.ndim != 2 or prompt.shape[1] == 0:
         raise ValueError(f"{_OP}: {prompt.shape=} must be (B, L) with L >= 1; begin an empty text with some token")
-    return prompt.astype(jnp.int32)
+    return shapes.int32(prompt)
 
 
 def _lengths(lengths: Any, batch: int, length: int) -> Array | None:
+    if lengths is None:
+        return None
     checked = shapes.lengths(_OP, "prompt_lengths", lengths, batch)
     host = _host(lengths)
     if host is not None and (wrong := host[(host < 1) | (host > length)]).size:

@@ -37,7 +37,8 @@ def linear_attention(
     `out_i = phi(q_i)^T S_i / (phi(q_i) . z_i + eps)` with `S_i = S_0 + sum_j phi(k_j) v_j^T` and `z_i = z_0 + sum_j
     phi(k_j)`, over j <= i where causal and over all j otherwise; (S_0, z_0) is `initial_state`, or zero. The query is
     not scaled. Sums are float32 (float64 for float64 arrays), whatever the inputs are. Source: "Transformers are RNNs"
-    (Katharopoulos et al., 2020) and the complexity package. First derivatives only: the kernels have no forward mode.
+    (Katharopoulos et al., 2020) and the complexity package. First derivatives only, in reverse mode; without
+    kernels second ones too, but in bfloat16.
 
     Args:
         query: (B, T, N, D), float16, bfloat16, float32, or float64 where x64 is on.
@@ -118,9 +119,12 @@ def _mapped(name: str, x: jax.Array, feature_map: Callable[[jax.Array], jax.Arra
     if rows is not None:
         x = jnp.where((rows > 0)[..., None, None], x, jnp.zeros((), x.dtype))
     y = feature_map(x)
-    if not isinstance(y, jax.Array) or y.shape[:-1] != x.shape[:-1] or not jnp.issubdtype(y.dtype, jnp.floating):
+    fits = isinstance(y, jax.Array) and y.shape[:-1] == x.shape[:-1] and y.shape[-1] > 0
+    if not fits or not jnp.issubdtype(y.dtype, jnp.floating):
         got = f"{y.shape} {y.dtype}" if isinstance(y, jax.Array) else type(y).__name__
-        raise ValueError(f"{_OP}: feature_map({name} of shape {x.shape}) gave {got}; only the last axis may change")
+        raise ValueError(
+            f"{_OP}: feature_map({name} of shape {x.shape}) gave {got}; only the last axis may change, and not to 0"
+        )
     return y.astype(x.dtype)
 
 

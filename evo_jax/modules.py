@@ -10,7 +10,7 @@ from flax import nnx
 from evo_jax import padding, shapes
 from evo_jax.evo import evo_attention, init_evo_params, init_evo_state
 from evo_jax.linear import linear_attention
-from evo_jax.projections import GroupedHeads, check_dtypes, promote
+from evo_jax.projections import GroupedHeads, check_dtypes, check_rngs, promote
 from evo_jax.stream import Streams
 from reference.evo_params import EvoParams, EvoState
 from reference.linear_maps import LinearState
@@ -57,6 +57,7 @@ class EvoAttention(Streams):
         rngs: nnx.Rngs,
     ):
         check_dtypes("EvoAttention", dtype, param_dtype)
+        check_rngs("EvoAttention", rngs)
         self.head_dim = shapes.head_width("EvoAttention", embed_dim, num_heads, head_dim)
         self.embed_dim, self.num_heads = embed_dim, num_heads
         self.dtype, self.param_dtype = dtype, param_dtype
@@ -184,7 +185,7 @@ class LinearAttention(GroupedHeads):
             rngs=rngs,
         )
         op = type(self).__name__
-        self.scale = None if scale is None else shapes.finite(op, "scale", scale)
+        self.scale = shapes.scale(op, scale)
         self.feature_map, self.is_causal = feature_map, shapes.boolean(op, "is_causal", is_causal)
         self.eps = shapes.not_negative(op, "eps", eps)
 

@@ -30,6 +30,7 @@ class GroupedHeads(Streams):
     ):
         op = type(self).__name__
         check_dtypes(op, dtype, param_dtype)
+        check_rngs(op, rngs)
         self.num_kv_heads, self.head_dim = shapes.grouped_heads(op, hidden_size, num_heads, num_kv_heads, head_dim)
         self.hidden_size, self.num_heads = hidden_size, num_heads
         self.dtype, self.param_dtype = dtype, param_dtype
@@ -70,6 +71,12 @@ def check_dtypes(op: str, dtype: Any, param_dtype: Any) -> None:
     for name, value in (("dtype", dtype), ("param_dtype", param_dtype)):
         if value is not None or name == "param_dtype":
             shapes.float_dtype(op, name, value)
+
+
+def check_rngs(op: str, rngs: Any) -> None:
+    """TypeError for what draws no parameters."""
+    if not isinstance(rngs, nnx.Rngs):
+        raise TypeError(f"{op}: rngs={rngs!r} must be an nnx.Rngs, as nnx.Rngs(0)")
 
 
 def promote(arrays: Any, *, dtype: Any = None, **_: Any) -> tuple[Any, ...]:

@@ -59,7 +59,7 @@ def prefix_sum(
 
 
 def _summable(x: Any) -> jax.Array:
-    x = jnp.asarray(x)
+    x = shapes.array(_OP, "x", x)
     if x.dtype == bool or jnp.issubdtype(x.dtype, jnp.integer):
         return x
     if not jnp.issubdtype(x.dtype, jnp.floating) or x.dtype.itemsize < 2:

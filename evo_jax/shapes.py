@@ -21,11 +21,17 @@ MASK_SHAPES = "(B, L), (B, 1, L) or (B, 1, L, 1)"
 _GATED = ("evo_attention", "EvoAttention")  # what has values alone, v, and takes mask_semantics
 
 
+def array(op: str, name: str, x: Any) -> jax.Array:
+    """`x` as an array."""
+    try:
+        return jnp.asarray(x)
+    except (TypeError, ValueError) as error:
+        raise TypeError(f"{op}: {name} must be an array, not {x!r:.40}") from error
+
+
 def float_array(op: str, name: str, x: Any) -> jax.Array:
     """`x` as an array of float16, bfloat16, float32 or float64."""
-    if x is None:
-        raise TypeError(f"{op}: {name} must be an array, not None")
-    x = jnp.asarray(x)
+    x = array(op, name, x)
     if x.dtype.name not in _FLOATS:
         raise TypeError(f"{op}: {name}.dtype={x.dtype.name} must be one of {', '.join(_FLOATS)}; cast it with astype")
     return x
@@ -72,13 +78,15 @@ def attention_arrays(
 
 
 def segment_ids(op: str, ids: Any, batch: int, length: int) -> jax.Array:
-    """`ids` (B, L) of integers, in their own dtype."""
-    ids = jnp.asarray(ids)
-    if not jnp.issubdtype(ids.dtype, jnp.integer):
-        raise TypeError(f"{op}: segment_ids.dtype={ids.dtype.name} must be an integer dtype")
+    """`ids` (B, L) of integers, in their own dtype; ValueError for known ones that int32 does not hold."""
+    ids = integers(op, "segment_ids", ids)
     if ids.shape != (batch, length):
         raise ValueError(f"{op}: segment_ids.shape={ids.shape} must be (B, L) = {(batch, length)}")
-    return ids
+    if ids.size and known(ids) and not fits_int32(ids):
+        for bad in (int(ids.min()), int(ids.max())):
+            if not INT32.min <= bad <= INT32.max:
+                raise ValueError(f"{op}: segment_ids hold {bad} and must be within {INT32.min} and {INT32.max}")
+    return jnp.asarray(ids)
 
 
 def evo_params(op: str, params: Any, head_dim: int) -> EvoParams:
@@ -173,6 +181,25 @@ def finite(op: str, name: str, value: Any) -> float:
     return float(value)
 
 
+def scale(op: str, value: Any) -> float | None:
+    """A factor of scores; None stays None."""
+    return None if value is None else finite(op, "scale", value)
+
+
+def soft_cap(op: str, value: Any) -> float | None:
+    """A bound on scores; None stays None."""
+    if value is not None and not (value := finite(op, "logits_soft_cap", value)) > 0:
+        raise ValueError(f"{op}: logits_soft_cap={value} must be greater than 0, or None")
+    return value
+
+
+def dropout_rate(op: str, value: Any) -> float:
+    """The share of weights that are dropped."""
+    if not 0 <= (value := finite(op, "dropout_rate", value)) < 1:
+        raise ValueError(f"{op}: dropout_rate={value} must be at least 0 and less than 1")
+    return value
+
+
 def not_negative(op: str, name: str, value: Any) -> float:
     """`value` as a finite float that is at least 0."""
     if (value := finite(op, name, value)) < 0:
@@ -180,29 +207,40 @@ def not_negative(op: str, name: str, value: Any) -> float:
     return value
 
 
-def lengths(op: str, name: str, value: Any, batch: int) -> jax.Array | None:
-    """`value` (B,) of integers as int32; None stays None."""
-    if value is None:
-        return None
-    value = jnp.asarray(value)
-    if not jnp.issubdtype(value.dtype, jnp.integer):
-        raise TypeError(f"{op}: {name}.dtype={value.dtype.name} must be an integer dtype")
-    if value.shape != (batch,):
+def lengths(op: str, name: str, value: Any, batch: int, shared: bool = False) -> jax.Array:
+    """`value` (B,) of integers as int32; if `shared`, one number may stand for all sequences."""
+    value = integers(op, name, value)
+    if value.shape != (batch,) and not (shared and value.shape == ()):
         raise ValueError(f"{op}: {name}.shape={value.shape} must be (B,) = {(batch,)}, one number per sequence")
-    return int32(value)
+    return jnp.broadcast_to(int32(value), (batch,))
 
 
-def int32(x: jax.Array) -> jax.Array:
+def integers(op: str, name: str, value: Any) -> jax.Array | np.ndarray:
+    """`value` as an array of integers, JAX's own or else numpy's: of 64 bits JAX would keep the lower 32."""
+    value = value if isinstance(value, jax.Array) else np.asarray(value)
+    if not jnp.issubdtype(value.dtype, jnp.integer):
+        raise TypeError(f"{op}: {name}.dtype={value.dtype} must be an integer dtype")
+    return value
+
+
+def fits_int32(x: jax.Array | np.ndarray) -> bool:
+    """Whether int32 holds every number of the integer dtype of `x`."""
+    return np.can_cast(x.dtype, np.int32)
+
+
+def int32(x: jax.Array | np.ndarray) -> jax.Array:
     """Integers as int32; those beyond its range become its ends, and do not wrap around."""
-    low, high = max(jnp.iinfo(x.dtype).min, INT32.min), min(jnp.iinfo(x.dtype).max, INT32.max)
-    return jnp.clip(x, low, high).astype(jnp.int32)
+    if fits_int32(x):
+        return jnp.asarray(x, jnp.int32)
+    low = max(np.iinfo(x.dtype).min, INT32.min)
+    return jnp.asarray((np if isinstance(x, np.ndarray) else jnp).clip(x, low, INT32.max).astype(np.int32))
 
 
 def broadcastable(op: str, name: str, x: Any, shape: tuple[int, ...]) -> jax.Array | None:
     """`x` with axes of size 1 put before its own until it has four, each 1 or that of `shape`; None stays None."""
     if x is None:
         return None
-    x = jnp.asarray(x)
+    x = array(op, name, x)
     full = (1,) * (len(shape) - x.ndim) + x.shape
     if len(full) != len(shape) or any(n not in (1, m) for n, m in zip(full, shape, strict=False)):
         raise ValueError(f"{op}: {name}.shape={x.shape} must broadcast to (B, N, T, S) = {shape}")
@@ -309,7 +347,7 @@ def zeros_and_ones(op: str, mask: jax.Array | np.ndarray) -> None:
 
 def one_of(op: str, name: str, value: Any, choices: tuple[str, ...], otherwise: str | None = None) -> str:
     """`value`, which must be one of `choices`; `otherwise` names what else the caller takes."""
-    if value not in choices:
+    if not isinstance(value, str) or value not in choices:
         extra = "" if otherwise is None else f", or {otherwise}"
         raise ValueError(f"{op}: {name}={value!r} must be one of {', '.join(map(repr, choices))}{extra}")
     return value

@@ -69,8 +69,9 @@ class SoftmaxAttention(GroupedHeads):
     ):
         op = type(self).__name__
         super().__init__(hidden_size, num_heads, **projections)
-        self.scale, self.is_causal = scale, shapes.boolean(op, "is_causal", is_causal)
-        self.logits_soft_cap, self.dropout_rate = logits_soft_cap, dropout_rate
+        self.scale, self.is_causal = shapes.scale(op, scale), shapes.boolean(op, "is_causal", is_causal)
+        self.logits_soft_cap = shapes.soft_cap(op, logits_soft_cap)
+        self.dropout_rate = shapes.dropout_rate(op, dropout_rate)
         own = shapes.boolean(op, "sinks", sinks)
         self.sinks = nnx.Param(jnp.zeros((num_heads,), self.param_dtype)) if own else None
 

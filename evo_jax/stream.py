@@ -29,8 +29,10 @@ class Streams(nnx.Module):
         """(B, L, E) -> ((B, L, E), the cache after the last token), `chunk_size` tokens at a time.
 
         The numbers are those of one call on the whole causal sequence, but nothing is ever as long as the sequence
-        except input, output and, where heads see everything, their KVCache. One jitted loop over the chunks; gradients
-        flow through it. Many bfloat16 chunks are slow on a CPU, whose compiler copies the output for each.
+        except input, output and, where heads see everything, their KVCache. Only a masked token between others counts
+        differently: it has a position in a whole call, for windows and sparse attention, and none in a cache. One
+        jitted loop over the chunks; gradients flow through it. Many bfloat16 chunks are slow on a CPU, whose compiler
+        copies the output for each.
 
         Args:
             hidden_states: the tokens.

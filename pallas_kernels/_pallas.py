@@ -42,7 +42,7 @@ def call(
             _interpreted.reset(token)
 
     aliases = {next(i for i, leaf in enumerate(leaves) if leaf is array): out for array, out in in_place}
-    outs = pl.pallas_call(
+    launch = pl.pallas_call(
         flat_kernel,
         grid=tuple(grid),
         in_specs=jax.tree.leaves(in_specs),
@@ -52,8 +52,21 @@ def call(
         interpret=interpret,
         input_output_aliases=aliases,
         compiler_params=pltriton.CompilerParams(num_warps=num_warps, num_stages=num_stages),
-    )(*leaves)
-    return jax.tree.unflatten(out_tree, outs)
+    )
+    return jax.tree.unflatten(out_tree, _differentiated_once(launch, name)(*leaves))
+
+
+def _differentiated_once(launch: Callable[..., Any], name: str) -> Callable[..., Any]:
+    """`launch` without a derivative of its own: the custom_vjp around each kernel has the first."""
+    once = jax.custom_jvp(launch)
+
+    @once.defjvp
+    def _(primals: Any, tangents: Any) -> Any:
+        raise NotImplementedError(
+            f"the kernel {name} has first derivatives only, in reverse mode; implementation='reference' has some others"
+        )
+
+    return once
 
 
 def whole(array: Any) -> pl.BlockSpec:

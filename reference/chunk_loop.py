@@ -114,7 +114,18 @@ def write(bits, chunk, start, axis):
 
 def bits_of(x):
     """bfloat16 as integers: XLA on CPUs has no bfloat16 slices, and would turn a whole array to float32 for each."""
-    return lax.bitcast_convert_type(x, jnp.uint16) if x.dtype == jnp.bfloat16 else x
+    return _bits(x) if x.dtype == jnp.bfloat16 else x
+
+
+@jax.custom_jvp
+def _bits(x):
+    return lax.bitcast_convert_type(x, jnp.uint16)
+
+
+@_bits.defjvp
+def _no_derivative(primals, tangents):
+    """JAX's own is 0. Only a derivative of a derivative comes here: chunk_loop has the first."""
+    raise NotImplementedError("a second derivative in bfloat16 is not available; cast the arrays to float32")
 
 
 def from_bits(x, dtype):

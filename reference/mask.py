@@ -4,7 +4,7 @@ With p = i + offset the position of query i, where `offset` puts the last query 
     allows(b, h, i, j) =  i < q_length[b] and j < kv_length[b] and segment_q[b, i] == segment_kv[b, j] >= 0
                      and  (not causal or j <= p)
                      and  ( p - j <= left[h] and j - p <= right[h]      the band; unlimited for flash attention
-                            or j < G or p < G                           global tokens
+                            or j < G or 0 <= p < G                      global tokens
                             or j // block in random[h, p // block] )    block-sparse attention
 A query that may see no key gives 0, its log-sum-exp is -inf, and nothing flows back through it.
 """
@@ -94,7 +94,9 @@ def allows(pattern: Pattern, q: Queries, k: Keys) -> Array:
     if pattern.banded:
         far = [k.block == block for block in q.random]
         if pattern.num_global:
-            far += [k.index < pattern.num_global] + [q.position < pattern.num_global] * (not pattern.causal)
+            far += [k.index < pattern.num_global]
+            if not pattern.causal:  # unsigned, positions before the first token are larger than any
+                far += [q.position.astype(jnp.uint32) < jnp.uint32(pattern.num_global)]
         left, right = _reach(far, q.left), jnp.uint32(0) if pattern.causal else _reach(far, q.right)
         distance = (q.position - k.index).astype(jnp.uint32)  # of a later key, 2**32 less what it is before
         conditions.append(distance + right <= left + right)

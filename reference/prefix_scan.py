@@ -110,7 +110,7 @@ def _differentiable_scan(x, axis, reverse, exclusive, accum):
 
 
 def _scan_forward(x, axis, reverse, exclusive, accum):
-    return _scan(x, axis, reverse, exclusive, accum), None
+    return _differentiable_scan(x, axis, reverse, exclusive, accum), None  # its own derivative again, not the loop's
 
 
 def _scan_backward(axis, reverse, exclusive, accum, _, cotangent):

@@ -308,22 +308,48 @@ def test_explain_names_the_four_and_why():
 
 
 def test_ids_and_offsets_past_int32_never_wrap_around():
-    """Traced, where no error can be raised: a segment id gives NaN, lengths and offsets mean what they say."""
+    """Where no error can be raised a segment id gives NaN, and lengths and offsets mean what they say."""
     ids = jnp.where(jnp.arange(L) < 20, 5, jnp.array([[6], [2**31 + 5]], jnp.uint32))
     out = jax.jit(lambda ids: flash(Q, KEY, VALUE, segment_ids=ids))(ids)
     assert np.isnan(out[1]).all()
     assert_close("other sequence", out[0], flash(Q, KEY, VALUE, segment_ids=ids.astype(int))[0], 1e-6)
-    far = {name: jnp.full(B, 2**32 - 1, jnp.uint32) for name in ("query_seq_lengths", "key_value_seq_lengths")}
-    assert_close("lengths", flash(Q, KEY, VALUE, **far), flash(Q, KEY, VALUE), 1e-6)
-    for offset in (2**31 - 1, -(2**31)):
-        moved, beyond = (
-            sliding(Q, KEY, VALUE, window_size=5, q_offset=x)
-            for x in (jnp.array(offset), 2**29 if offset > 0 else -(2**29))
-        )
+    for number in (jnp.uint32(2**32 - 1), np.int64(2**32), np.uint64(2**63)):
+        far = {name: jnp.full(B, number) for name in ("query_seq_lengths", "key_value_seq_lengths")}
+        far = far if isinstance(number, jax.Array) else {name: np.full(B, number) for name in far}
+        assert_close("lengths", evo_jax.flash_attention(Q, KEY, VALUE, **far), flash(Q, KEY, VALUE), 1e-6)
+    none = evo_jax.flash_attention(Q, KEY, VALUE, key_value_seq_lengths=np.full(B, -(2**32)))
+    assert not np.asarray(none).any()
+    sliding = partial(evo_jax.sliding_window_attention, Q, KEY, VALUE, window_size=5)
+    for offset in (jnp.array(2**31 - 1), np.full(B, 2**32), jnp.array(-(2**31)), np.array(-(2**40))):
+        end = 2**29 if (offset > 0).all() else -(2**29)
+        moved, beyond = sliding(q_offset=offset), sliding(q_offset=end)
         np.testing.assert_array_equal(moved, beyond)
         assert not np.asarray(moved).any()
     every = flash(Q, KEY, VALUE, is_causal=False)
     assert_close("all keys are earlier", flash(Q, KEY, VALUE, q_offset=jnp.array(2**31 - 1)), every, 1e-6)
+    np.testing.assert_array_equal(sliding(q_offset=np.int64(3)), sliding(q_offset=3))
+
+
+@pytest.mark.parametrize("wide", [2**31, 2**32, -(2**32)])
+@pytest.mark.parametrize("function", [evo_jax.flash_attention, evo_jax.linear_attention])
+def test_known_segment_ids_past_int32_are_refused(function, wide):
+    """Numpy's integers have 64 bits, which JAX would cut to 32: 2**32 to 0, the id of the segment before."""
+    ids = np.where(np.arange(L) < 20, 0, np.full((B, 1), wide))
+    for given in (ids, ids.tolist()):
+        with pytest.raises(ValueError, match=f"segment_ids hold {wide} and must be within"):
+            function(Q, KEY, VALUE, segment_ids=given)
+
+
+def test_only_tokens_are_global():
+    """Queries before the first key, as lengths and offsets make them, are not among the first G tokens."""
+    for how in ("reference", "interpret"):
+        options = {"block_size": 2, "num_random_blocks": 0, "is_causal": False, "q_offset": -5, "implementation": how}
+        out = np.asarray(sparse(Q, KEY, VALUE, num_global_tokens=3, **options))
+        assert not np.asarray(sparse(Q, KEY, VALUE, num_global_tokens=0, **options))[:, :4].any()
+        few = np.asarray(flash(Q[:, :4], KEY[:, :3], VALUE[:, :3], is_causal=False))
+        assert_close("global keys alone", out[:, :4], few, 1e-5)
+        every = np.asarray(flash(Q[:, 5:8], KEY, VALUE, is_causal=False))
+        assert_close("global queries", out[:, 5:8], every, 1e-5)
 
 
 def test_no_heads():
@@ -347,6 +373,8 @@ def test_no_heads():
         ({"segment_ids": np.zeros((B, 3), np.int32)}, ValueError, r"segment_ids\.shape=\(2, 3\)"),
         ({"segment_ids": np.zeros((B, L), np.float32)}, TypeError, r"segment_ids\.dtype=float32"),
         ({"segment_ids": np.full((B, L), 2**31, np.uint32)}, ValueError, "segment_ids hold 2147483648"),
+        ({"segment_ids": (np.zeros((B, L), int), None)}, TypeError, r"segment_ids\.dtype=object"),
+        ({"bias": np.array(["none"])}, TypeError, "bias must be an array, not array"),
         ({"query_seq_lengths": np.zeros(3, np.int32)}, ValueError, r"query_seq_lengths\.shape=\(3,\)"),
         ({"q_offset": np.zeros(3, np.int32)}, ValueError, r"q_offset\.shape=\(3,\)"),
         ({"q_offset": 2**40}, ValueError, "q_offset=1099511627776 must be within"),

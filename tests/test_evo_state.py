@@ -249,6 +249,7 @@ STATE = EvoState(np.zeros((1, 2, 4), "float32"), np.zeros((1, 2, 4), "float32"),
         ({"initial_state": STATE._replace(gated_sum=STATE.sum.astype(int))}, TypeError, "gated_sum.dtype=int"),
         ({"initial_state": STATE._replace(count=np.zeros(2, int))}, ValueError, r"count.shape=\(2,\)"),
         ({"initial_state": STATE._replace(count=np.zeros(1))}, TypeError, "count.dtype=float"),
+        ({"initial_state": STATE._replace(count=None)}, TypeError, "count.dtype=object must be an integer"),
         ({"initial_state": STATE._replace(count=np.array([-1]))}, ValueError, r"count=\[-1\] must be at least 0"),
     ],
 )

@@ -249,6 +249,8 @@ def test_every_implementation_gives_the_same_numbers(implementation):
         ((Q, KEY, VALUE), {"feature_map": "gelu"}, ValueError, "'gelu' must be one of 'elu', 'relu', 'softmax', or a"),
         ((Q, KEY, VALUE), {"feature_map": "identity"}, ValueError, "must be one of"),
         ((Q, KEY, VALUE), {"feature_map": lambda x: x[0]}, ValueError, "only the last axis may change"),
+        ((Q, KEY, VALUE), {"feature_map": lambda x: x[..., :0]}, ValueError, "may change, and not to 0"),
+        ((np.array(["q"]), KEY, VALUE), {}, TypeError, "query must be an array, not array"),
         ((Q, KEY, VALUE), {"segment_ids": SEGMENTS[:, :5]}, ValueError, r"segment_ids\.shape=\(2, 5\)"),
         ((Q, KEY, VALUE), {"segment_ids": SEGMENTS * 1.0}, TypeError, "must be an integer dtype"),
         ((Q, KEY, VALUE), {"attention_mask": MASK[:, :5]}, ValueError, r"attention_mask\.shape=\(2, 5\)"),

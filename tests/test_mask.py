@@ -38,7 +38,7 @@ def loops(mask: Mask, tiling: Tiling) -> np.ndarray:
         left, right = p.windows[h if len(p.windows) > 1 else 0]
         if position - j <= left and j - position <= right:
             return True
-        if p.num_global and (j < p.num_global or position < p.num_global):
+        if j < p.num_global or 0 <= position < p.num_global:
             return True
         block = position // p.block_size
         return 0 <= block < blocks.shape[1] and j // p.block_size in blocks[h // (t.heads // t.kv_heads), block]

@@ -147,10 +147,18 @@ def test_gradient_is_the_sum_from_the_other_end_in_float32(reverse, exclusive):
     np.testing.assert_array_equal(grad, prefix_sum_dense(cotangent, axis=1, reverse=not reverse, exclusive=exclusive))
 
 
-def test_second_derivatives_exist(x64):
-    check_grads(
-        jax.jit(lambda x: prefix_sum_chunked(x**3, axis=0)), (jnp.linspace(0.5, 1.0, 9),), order=2, modes=["rev"]
-    )
+@pytest.mark.parametrize("form", [prefix_sum_chunked, prefix_sum_looped])
+def test_second_derivatives_exist(form, x64):
+    x = jnp.linspace(0.5, 1.0, 160).reshape(20, 8)
+    check_grads(jax.jit(lambda x: form(x**3, axis=0)), (x,), order=2, modes=["rev"])
+
+
+def test_second_derivatives_of_bfloat16_looped():
+    """Its loop writes bits, whose own derivative is 0."""
+    x = jnp.ones((20, 8), jnp.bfloat16)
+    loss = lambda x: (prefix_sum_looped(x, axis=0).astype(jnp.float32) ** 2).sum()  # noqa: E731
+    second = jax.grad(lambda x: jax.grad(loss)(x)[0].astype(jnp.float32).sum())(x)
+    np.testing.assert_array_equal(second, np.broadcast_to(40 - 2 * np.arange(20.0)[:, None], (20, 8)))
 
 
 @pytest.mark.parametrize("form", [prefix_sum_chunked, prefix_sum_looped])

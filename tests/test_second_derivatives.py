@@ -1,0 +1,103 @@
+"""Derivatives of derivatives: right in the references that have them, and an error everywhere else, never a 0."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+from checks import assert_close
+
+import evo_jax
+from reference.evo import EvoSpec, evo_dense
+from reference.linear import LinearSpec, linear_dense
+from reference.prefix_scan import prefix_sum_dense
+
+L, D = 150, 8  # more than two chunks of linear attention
+X, DIRECTION = (jax.random.normal(jax.random.key(n), (1, 2, L, D)) for n in range(2))
+
+
+def swapped(attention):
+    """A function of (B, L, N, D) arrays as one of a single (B, H, L, D) array."""
+    return lambda x, **options: attention(*[x.swapaxes(1, 2)] * 3, **options).swapaxes(1, 2)
+
+
+def softmax(x):
+    scores = jnp.where(jnp.tri(L, dtype=bool), jnp.einsum("bhid,bhjd->bhij", x, x) * D**-0.5, -jnp.inf)
+    return jax.nn.softmax(scores, axis=-1) @ x
+
+
+OPS = {
+    "prefix sum": (evo_jax.prefix_sum, prefix_sum_dense, {}),
+    "evo": (
+        lambda x, causal, **options: evo_jax.evo_attention(x, params(x), causal=causal, **options),
+        lambda x, causal: evo_dense(x, None, params(x), None, EvoSpec(causal, True, x.dtype.name)),
+        {"causal": True},
+    ),
+    "linear": (
+        swapped(evo_jax.linear_attention),
+        swapped(lambda q, k, v, is_causal: linear_dense(q, k, v, None, None, LinearSpec(causal=is_causal))[0]),
+        {"is_causal": True},
+    ),
+    "flash": (swapped(evo_jax.flash_attention), softmax, {}),
+}
+BOTH = [("evo", True), ("evo", False), ("linear", True), ("linear", False)]
+
+
+def params(x):
+    return jax.tree.map(lambda a: a.astype(x.dtype), evo_jax.init_evo_params(jax.random.key(2), D))
+
+
+def slope(function, **options):
+    """The gradient of a sum of squares."""
+    return jax.grad(lambda x: (function(x, **options).astype(jnp.float32) ** 2).sum())
+
+
+def reverse_over_reverse(gradient, x):
+    return jax.grad(lambda x: jnp.vdot(gradient(x), DIRECTION.astype(x.dtype)))(x)
+
+
+def forward_over_reverse(gradient, x):
+    return jax.jvp(gradient, (x,), (DIRECTION.astype(x.dtype),))[1]
+
+
+def options_of(op, causal):
+    return dict.fromkeys(OPS[op][2], causal)
+
+
+@pytest.mark.parametrize("mode", [reverse_over_reverse, forward_over_reverse])
+@pytest.mark.parametrize(("op", "causal"), [*BOTH, ("prefix sum", True), ("flash", True)])
+def test_references_have_them(op, causal, mode, x64):
+    function, dense, _ = OPS[op]
+    options, x = options_of(op, causal), X.astype("float64")
+    only = {"flash": forward_over_reverse, "prefix sum": reverse_over_reverse}
+    if causal and only.get("prefix sum" if op == "evo" else op, mode) is not mode:  # EvoAttention has prefix sums
+        with pytest.raises((ValueError, TypeError), match=r"Reverse-mode differentiation|forward-mode"):
+            mode(slope(function, **options), x)
+        return
+    expected = mode(slope(dense, **options), x)
+    actual = mode(slope(function, implementation="reference", **options), x)
+    assert_close("second derivative", actual, expected, 1e-6)  # the sum of squares is in float32
+
+
+@pytest.mark.parametrize("mode", [reverse_over_reverse, forward_over_reverse])
+@pytest.mark.parametrize(("op", "causal"), BOTH)
+def test_in_bfloat16_the_references_raise(op, causal, mode):
+    """They slice and write bits, whose derivative would be 0."""
+    with pytest.raises(NotImplementedError, match="second derivative in bfloat16"):
+        mode(slope(OPS[op][0], implementation="reference", **options_of(op, causal)), X.astype("bfloat16"))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("mode", [reverse_over_reverse, forward_over_reverse])
+@pytest.mark.parametrize(("op", "causal"), [*BOTH, ("flash", True)])
+def test_kernels_raise(op, causal, mode, dtype):
+    gradient = slope(OPS[op][0], implementation="interpret", **options_of(op, causal))
+    with pytest.raises(NotImplementedError, match=r"the kernel [a-z_]+ has first derivatives only, in reverse mode"):
+        mode(gradient, X.astype(dtype))
+
+
+def test_the_kernel_of_prefix_sums_has_them():
+    function = evo_jax.prefix_sum
+    actual, expected = (
+        reverse_over_reverse(slope(lambda x, how=how: function(x, implementation=how) ** 2), X)
+        for how in ("interpret", "reference")
+    )
+    assert_close("second derivative", actual, expected, 1e-5)
