@@ -3,7 +3,7 @@
 import json
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -215,7 +215,7 @@ def test_rotary_tables():
         (lambda: CUDA.flash(E, N, logits_soft_cap=0.0), ValueError, "FlashAttention: logits_soft_cap=0.0 must be gr"),
         (lambda: CUDA.flash(E, N, dropout_rate=1.5), ValueError, "FlashAttention: dropout_rate=1.5"),
         (lambda: CUDA.flash(E, N, rngs=3), TypeError, r"FlashAttention: rngs=3 must be an nnx.Rngs"),
-        (lambda: CUDA.create(["flash"]), ValueError, r"attn_type=\['flash'\] must be one of"),
+        (lambda: CUDA.create(cast(Any, ["flash"])), ValueError, r"attn_type=\['flash'\] must be one of"),
         (lambda: CUDA.flash(E, N, sinks=1), TypeError, "FlashAttention: sinks=1 must be True or False"),
         (lambda: CUDA.multiscale(E, N, local_heads=5), ValueError, "local_heads=5"),
         (lambda: CUDA.multiscale(E, N, window_sizes=(1, 2, 3)), ValueError, "more than the 2 local heads"),

@@ -129,7 +129,7 @@ class CUDA:
             ValueError: another name than "flash", "flash_attention", "sliding_window", "local", "sparse",
                 "block_sparse", "linear", "linear_attention" or "multiscale", and whatever the layer raises.
         """
-        if attn_type not in TYPES:
+        if not isinstance(attn_type, str) or attn_type not in TYPES:
             raise ValueError(f"CUDA.create: {attn_type=} must be one of {', '.join(map(repr, TYPES))}")
         make = getattr(cls, TYPES[attn_type])
         return make(hidden_size, num_heads, num_kv_heads=num_kv_heads, head_dim=head_dim, **options)
