@@ -83,10 +83,15 @@ def segment_ids(op: str, ids: Any, batch: int, length: int) -> jax.Array:
     if ids.shape != (batch, length):
         raise ValueError(f"{op}: segment_ids.shape={ids.shape} must be (B, L) = {(batch, length)}")
     if ids.size and known(ids) and not fits_int32(ids):
-        for bad in (int(ids.min()), int(ids.max())):
-            if not INT32.min <= bad <= INT32.max:
-                raise ValueError(f"{op}: segment_ids hold {bad} and must be within {INT32.min} and {INT32.max}")
+        within_int32(op, "segment_ids", int(ids.min()), int(ids.max()))
     return jnp.asarray(ids)
+
+
+def within_int32(op: str, name: str, *numbers: int) -> None:
+    """ValueError for a number that int32 does not hold."""
+    for number in numbers:
+        if not INT32.min <= number <= INT32.max:
+            raise ValueError(f"{op}: {name} hold {number} and must be within {INT32.min} and {INT32.max}")
 
 
 def evo_params(op: str, params: Any, head_dim: int) -> EvoParams:
@@ -225,14 +230,15 @@ def integers(op: str, name: str, value: Any) -> jax.Array | np.ndarray:
 
 def fits_int32(x: jax.Array | np.ndarray) -> bool:
     """Whether int32 holds every number of the integer dtype of `x`."""
-    return np.can_cast(x.dtype, np.int32)
+    info = jnp.iinfo(x.dtype)
+    return INT32.min <= info.min and info.max <= INT32.max
 
 
 def int32(x: jax.Array | np.ndarray) -> jax.Array:
     """Integers as int32; those beyond its range become its ends, and do not wrap around."""
     if fits_int32(x):
         return jnp.asarray(x, jnp.int32)
-    low = max(np.iinfo(x.dtype).min, INT32.min)
+    low = max(jnp.iinfo(x.dtype).min, INT32.min)
     return jnp.asarray((np if isinstance(x, np.ndarray) else jnp).clip(x, low, INT32.max).astype(np.int32))
 
 

@@ -192,13 +192,14 @@ def shape_of(layer: TorchAttention, x: Tensor) -> torch.Size:
 
 
 def segments(op: str, ids: Tensor) -> Tensor:
-    """Segment ids as int32, negative ones as -1."""
+    """Segment ids as int32. Those of 64 bits are looked at, which waits for their device."""
     if ids.dtype == torch.bool or ids.is_floating_point() or ids.is_complex():
         raise TypeError(f"{op}: segment_ids.dtype={ids.dtype} must be an integer dtype")
-    ids = ids.to(torch.int64) if ids.dtype in (torch.uint32, torch.uint64) else ids  # for which torch has no max
-    if ids.dtype == torch.int64 and ids.numel() and (largest := int(ids.max())) > shapes.INT32.max:
-        raise ValueError(f"{op}: segment_ids hold {largest} and must be at most {shapes.INT32.max}")
-    return ids.to(torch.int32) if ids.dtype == torch.uint8 else ids.clamp(min=-1).to(torch.int32)
+    if ids.dtype in (torch.int64, torch.uint32, torch.uint64):
+        ids = ids.to(torch.int64)  # torch has no minimum of unsigned ones
+        if ids.numel():
+            shapes.within_int32(op, "segment_ids", *(int(n) for n in torch.aminmax(ids)))
+    return ids.to(torch.int32)
 
 
 def token_mask(op: str, mask: Tensor, batch: int, total: int, cut: bool) -> Tensor:
