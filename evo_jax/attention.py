@@ -30,7 +30,8 @@ class AttentionOptions(TypedDict, total=False):
         does what is under -2.3e38, finfo(float32).min with it.
     mask: bool, broadcastable to (B, N, T, S), False hides a key, besides causality and pattern.
     attention_mask: (B, S), (B, 1, S) or (B, 1, S, 1), 1 for a valid key; where T < S the queries are the last T tokens.
-        A masked token does not exist: no query sees it, its output row is 0, its NaN is harmless.
+        A masked token does not exist: no query sees it, its output row is 0, its NaN is harmless. NaN and inf of one
+        that exists may show in all rows of its sequence, for 0 * NaN is NaN, as in a product of matrices.
     segment_ids: (B, L) integers below 2**31 where T == S == L, or a pair ((B, T), (B, S)); tokens see their own segment
         alone, and a negative id means that there is no token.
     query_seq_lengths, key_value_seq_lengths: (B,) integers; tokens from there on do not exist; cut to 0..T and 0..S.

@@ -309,6 +309,23 @@ def test_constructors_have_the_names_order_and_defaults_of_the_original():
     assert {key: defaults[key] for key in wanted} == wanted
 
 
+@pytest.mark.parametrize("width", [11, 13, 16, 17])
+@pytest.mark.parametrize("make", [CUDA.flash, lambda *sizes: CUDA.sliding_window(*sizes, window_size=20)])
+def test_a_mask_of_pairs_is_as_wide_as_there_are_tokens(make, width):
+    """Also where it is as wide as the cache is padded to; a window's may know tokens that left the cache."""
+    layer, x = make(32, 4), torch.randn(2, 12, 32)
+    _, past = layer(x[:, :10], use_cache=True)
+    mask = torch.arange(4 * width).reshape(2, 1, 2, width) % 3 > 0
+    with pytest.raises(ValueError, match=rf"\(2, 1, 12, {width}\) must broadcast to \(B, N, n, S\) = \(2, 4, 12, 12\)"):
+        layer(x, mask.repeat(1, 1, 6, 1))
+    if layer.attention.window is None or width < 12:
+        with pytest.raises(ValueError, match=r"= \(2, 4, 2, 12\)"):
+            layer(x[:, 10:], mask, past_key_value=past)
+    else:
+        out, _ = layer(x[:, 10:], mask, past_key_value=past)
+        torch.testing.assert_close(out, layer(x[:, 10:], mask[..., -12:], past_key_value=past)[0])
+
+
 @pytest.mark.parametrize(
     ("make", "error", "message"),
     [

@@ -177,7 +177,14 @@ class SoftmaxTwin(TorchAttention):
         if mask.ndim == 4 and not of_keys and not (mask.shape[1::2] == (1, 1) and mask.shape[2] == total > 1):
             if mask.is_floating_point():
                 shapes.additive(op, mask.detach().float().cpu().numpy())
-            return {"pairs": mask[..., -total:] if self.window is not None else mask}
+            width, tokens = mask.shape[-1], x.shape[1]
+            cut = self.window is not None and total > tokens and width > total  # of tokens that left the cache too
+            if width not in (1, total) and not cut:
+                full = (batch, self.num_heads, tokens, total)
+                raise ValueError(
+                    f"{op}: attention_mask.shape={tuple(mask.shape)} must broadcast to (B, N, n, S) = {full}"
+                )
+            return {"pairs": mask[..., -total:] if cut else mask}
         valid = as_bool(op, mask)
         valid = valid[:, 0, 0].expand(batch, -1) if of_keys else valid
         return {"valid": token_mask(op, valid, batch, total, cut=self.window is not None)}
