@@ -42,7 +42,8 @@ def prefix_sum(
         Array of the shape and dtype of `x`; int32 for bool.
 
     Raises:
-        ValueError: no such axis, or a 64-bit accum_dtype while x64 is off. TypeError: a dtype that cannot be summed.
+        ValueError: no such axis, or, while x64 is off, a 64-bit accum_dtype or numbers that need 64 bits. TypeError: a
+            dtype that cannot be summed.
         NotImplementedError: implementation="triton" where the kernel cannot run.
 
     >>> import jax.numpy as jnp, evo_jax

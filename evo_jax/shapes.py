@@ -17,16 +17,24 @@ from reference.linear_maps import FEATURE_MAPS
 _FEATURE_MAPS = tuple(name for name in FEATURE_MAPS if name != "identity")
 _FLOATS = ("float16", "bfloat16", "float32", "float64")
 INT32, FLOAT32_MAX = np.iinfo(np.int32), float(np.finfo(np.float32).max)
+_X64 = (
+    "64-bit types, which are off; enable them at start-up with jax.config.update('jax_enable_x64', True) or "
+    "JAX_ENABLE_X64=1"
+)
 MASK_SHAPES = "(B, L), (B, 1, L) or (B, 1, L, 1)"
 _GATED = ("evo_attention", "EvoAttention")  # what has values alone, v, and takes mask_semantics
 
 
 def array(op: str, name: str, x: Any) -> jax.Array:
-    """`x` as an array."""
+    """`x` as an array; ValueError for numpy's integers of 64 bits of which JAX would keep 32 and change the number."""
     try:
-        return jnp.asarray(x)
-    except (TypeError, ValueError) as error:
+        made = jnp.asarray(x)
+    except (TypeError, ValueError, OverflowError) as error:
         raise TypeError(f"{op}: {name} must be an array, not {x!r:.40}") from error
+    cut = isinstance(x, np.ndarray) and x.dtype.kind in "iu" and made.dtype.itemsize < x.dtype.itemsize
+    if cut and (x != x.astype(made.dtype)).any():
+        raise ValueError(f"{op}: {name} holds integers that {made.dtype.name} does not: they need {_X64}")
+    return made
 
 
 def float_array(op: str, name: str, x: Any) -> jax.Array:
@@ -371,8 +379,5 @@ def _dtype(op: str, name: str, dtype: Any) -> np.dtype:
     except TypeError:
         raise TypeError(f"{op}: {name}={dtype!r} is not a dtype") from None
     if result.kind in "fiu" and jax.dtypes.canonicalize_dtype(result) != result:
-        raise ValueError(
-            f"{op}: {name}={result.name} needs 64-bit types, which are off; enable them at start-up with "
-            "jax.config.update('jax_enable_x64', True) or JAX_ENABLE_X64=1"
-        )
+        raise ValueError(f"{op}: {name}={result.name} needs {_X64}")
     return result

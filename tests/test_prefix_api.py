@@ -116,3 +116,13 @@ def test_numpy_and_lists_are_accepted():
 def test_refusals_name_the_argument_its_value_and_the_way_out(x, options, error, message):
     with pytest.raises(error, match=message):
         jax.eval_shape(lambda x: evo_jax.prefix_sum(x, **options), jnp.asarray(x))
+
+
+def test_integers_of_64_bits_are_never_cut():
+    small = np.array([2**31 - 1, -5])
+    np.testing.assert_array_equal(evo_jax.prefix_sum(small), np.array([2**31 - 1, 2**31 - 6]))
+    for x in (np.array([2**31, 1]), np.array([1, 2**32], np.uint64)):
+        with pytest.raises(ValueError, match=r"x holds integers that u?int32 does not: they need .*jax_enable_x64"):
+            evo_jax.prefix_sum(x)
+    with jax.enable_x64(True):
+        np.testing.assert_array_equal(evo_jax.prefix_sum(np.array([2**31, 1])), np.array([2**31, 2**31 + 1]))
