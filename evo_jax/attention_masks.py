@@ -48,10 +48,10 @@ def _offset(
     if not (pattern.causal or pattern.banded or pattern.scattered):
         return 0, None  # positions play no part
     if given is not None:
-        if isinstance(given, int | np.integer) and not isinstance(given, bool):
+        if isinstance(given, int) and not isinstance(given, bool):
             if abs(given) > FAR // 2:
                 raise ValueError(f"{op}: q_offset={given} must be within {-FAR // 2} and {FAR // 2}")
-            return int(given), None
+            return given, None
         offset = shapes.lengths(op, "q_offset", given, batch, shared=True)
         return 0, jnp.clip(offset, -FAR // 2, FAR // 2)  # as good as any beyond
     if lengths == [None, None]:

@@ -230,7 +230,8 @@ def lengths(op: str, name: str, value: Any, batch: int, shared: bool = False) ->
 
 def integers(op: str, name: str, value: Any) -> jax.Array | np.ndarray:
     """`value` as an array of integers, JAX's own or else numpy's: of 64 bits JAX would keep the lower 32."""
-    value = value if isinstance(value, jax.Array) else np.asarray(value)
+    of_jax = any(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(value))
+    value = array(op, name, value) if of_jax else np.asarray(value)
     if not jnp.issubdtype(value.dtype, jnp.integer):
         raise TypeError(f"{op}: {name}.dtype={value.dtype} must be an integer dtype")
     return value

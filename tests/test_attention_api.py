@@ -325,6 +325,8 @@ def test_ids_and_offsets_past_int32_never_wrap_around():
         moved, beyond = sliding(q_offset=offset), sliding(q_offset=end)
         np.testing.assert_array_equal(moved, beyond)
         assert not np.asarray(moved).any()
+    listed = jax.jit(lambda n: evo_jax.flash_attention(Q, KEY, VALUE, key_value_seq_lengths=[n, n + 1]))(jnp.int32(9))
+    assert_close("a list of numbers", listed, flash(Q, KEY, VALUE, key_value_seq_lengths=jnp.array([9, 10])), 1e-6)
     every = flash(Q, KEY, VALUE, is_causal=False)
     assert_close("all keys are earlier", flash(Q, KEY, VALUE, q_offset=jnp.array(2**31 - 1)), every, 1e-6)
     np.testing.assert_array_equal(sliding(q_offset=np.int64(3)), sliding(q_offset=3))
