@@ -32,7 +32,8 @@ class EvoAttention(Streams):
         rngs: `nnx.Rngs` with a `params` (or default) stream; parameters are drawn here, not at the first call.
 
     Raises:
-        ValueError: num_heads * head_dim is not embed_dim. TypeError: a dtype that is not a float.
+        ValueError: num_heads * head_dim is not embed_dim. TypeError: a dtype that is not a float, an out_proj that is
+            no bool, or no nnx.Rngs.
 
     >>> import jax.numpy as jnp, evo_jax
     >>> from flax import nnx
@@ -144,7 +145,7 @@ class LinearAttention(GroupedHeads):
 
     Raises:
         ValueError: sizes that do not divide, an unknown feature map, eps that is negative, or eps or scale that is not
-            finite. TypeError: a dtype that is not a float.
+            finite. TypeError: a dtype that is not a float, an is_causal that is no bool, or no nnx.Rngs.
 
     >>> import jax.numpy as jnp, evo_jax
     >>> from flax import nnx

@@ -43,7 +43,7 @@ def prefix_sum(
 
     Raises:
         ValueError: no such axis, or, while x64 is off, a 64-bit accum_dtype or numbers that need 64 bits. TypeError: a
-            dtype that cannot be summed.
+            dtype that cannot be summed, or reverse or exclusive that are no bools.
         NotImplementedError: implementation="triton" where the kernel cannot run.
 
     >>> import jax.numpy as jnp, evo_jax

@@ -195,7 +195,8 @@ class FlashAttention(SoftmaxAttention):
         options: those of SoftmaxOptions; its parameters are the projections of GroupedHeads, and `sinks`.
 
     Raises:
-        ValueError: sizes that do not divide. TypeError: a dtype that is not a float, or an unknown option.
+        ValueError: sizes that do not divide, or scale, logits_soft_cap or dropout_rate out of range. TypeError: a dtype
+            that is not a float, or an option that is unknown or of another type.
 
     >>> import jax.numpy as jnp, evo_jax
     >>> from flax import nnx

@@ -55,6 +55,7 @@ PATTERNS = (
     Pattern(causal=False, windows=((9, 3), (0, 0), (FAR, FAR), (200, 1))),
     Pattern(windows=((8, 8),), num_global=3, block_size=16, num_random=2, offset=31),
     Pattern(causal=False, windows=((8, 8),), num_global=20, block_size=16, num_random=2, seed=1),
+    Pattern(causal=False, windows=((8, 8),), num_global=5, block_size=16, num_random=2, offset=-7),
 )
 
 
