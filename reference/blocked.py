@@ -17,6 +17,7 @@ from reference.mask import Mask, Pattern, window_runs
 from reference.visit import Tiling, key_visits
 
 WIDEST = 1280  # keys that are worth a single slab
+SHORT = 512  # tokens, and keys, that are not worth loops
 
 
 def attend_blocked(
@@ -36,10 +37,11 @@ def attend_blocked(
     for first, last, window in window_runs(mask.pattern.windows, query.shape[2], group):
         pattern = replace(mask.pattern, windows=(window,))
         sizes = (last - first, query.shape[1], key.shape[1])
-        plan = _plan(pattern, spec, first, sizes, (block_q, block_k, width))
+        narrowed = replace(mask, pattern=pattern, keep=_heads(mask.keep, first, last))
+        plans = _plans(narrowed, spec, first, sizes, (block_q, block_k, width))
         kv = slice(first // group, -(-last // group))
         arrays = Inputs(query[:, :, first:last], key[:, :, kv], value[:, :, kv], _heads(bias, first, last))
-        results.append(walk(plan, arrays, replace(mask, pattern=pattern, keep=_heads(mask.keep, first, last)), seed))
+        results.append(walk(plans, arrays, narrowed, seed))
     out, lse = results[0]
     if len(results) > 1:
         out, lse = (jnp.concatenate(x, axis=2) for x in zip(*results, strict=True))
@@ -48,13 +50,31 @@ def attend_blocked(
     return out.astype(query.dtype), lse
 
 
-def _plan(pattern: Pattern, spec: AttendSpec, first_head: int, sizes: Any, given: Any) -> Plan:
+def _plans(mask: Mask, spec: AttendSpec, first_head: int, sizes: Any, given: Any) -> tuple[Plan, Plan]:
+    """For the forward and the backward pass. Measured: outside of loops XLA on CPUs runs small tiles side by side."""
+    pattern, (heads, tokens, keys) = mask.pattern, sizes
+    looped = _looped(pattern, spec, first_head, sizes, given)
+    many = max(tokens, keys) > SHORT or (pattern.scattered and heads > 8)
+    if any(given) or many or mask.offset is not None:
+        return looped, looped
+    narrow = (mask.q_segments, mask.kv_segments, mask.keep, mask.q_lengths, mask.kv_lengths)
+    frees, block_k = not pattern.scattered and all(x is None for x in narrow), min(64, keys)
+    plan = replace(looped, block_k=block_k, width=_up(keys, block_k), frees=frees, unrolled=True)
+    if not pattern.causal and not pattern.banded:
+        return plan, plan
+    forward = replace(plan, block_q=min(64, tokens))
+    if _near(pattern) and not pattern.scattered:
+        return forward, looped
+    half = _up(-(-tokens // -(-tokens // 256)), 8)  # at most 256 rows, no tile of which is mostly padding
+    return forward, replace(plan, block_q=min(half, tokens))
+
+
+def _looped(pattern: Pattern, spec: AttendSpec, first_head: int, sizes: Any, given: Any) -> Plan:
     """Measured: XLA on CPUs takes more threads than one for products from 256 x 64 x 512 or 512 x 64 x 256 on."""
     heads, tokens, keys = sizes
-    (left, right), size = pattern.windows[0], pattern.block_size
-    near = left + (0 if pattern.causal else right) <= 128
+    size = pattern.block_size
     most = 512 if heads <= 8 and not pattern.banded else 256  # their scores stay in a cache
-    block_q = given[0] or min(max(64, min(size, 256)) if pattern.num_random or near else most, tokens)
+    block_q = given[0] or min(max(64, min(size, 256)) if pattern.num_random or _near(pattern) else most, tokens)
     block_k = given[1] or min(max(16, min(size, 64)) if pattern.num_random else 64, keys)
     slab = _up(min(256 if block_q == 512 and tokens > 512 else 512, keys), block_k)
     if given[2] or not pattern.banded:
@@ -64,6 +84,11 @@ def _plan(pattern: Pattern, spec: AttendSpec, first_head: int, sizes: Any, given
     extent = int(np.max(bounds[..., 3] - bounds[..., 0])) * block_k
     width = extent if 0 < extent <= WIDEST else slab
     return Plan(spec, first_head, tokens, keys, block_q, block_k, width, width < extent)
+
+
+def _near(pattern: Pattern) -> bool:
+    left, right = pattern.windows[0]
+    return left + (0 if pattern.causal else right) <= 128
 
 
 def _up(n: int, multiple: int) -> int:

@@ -30,6 +30,7 @@ class Plan:
     block_k: int  # of the tiles that are visited
     width: int  # keys of a slab of neighbours, a multiple of block_k
     frees: bool  # slabs may be free of a mask
+    unrolled: bool = False  # no loops over tiles and slabs: a tile has one slab, all that its pattern lets it see
 
 
 class Blocks(NamedTuple):
@@ -75,9 +76,10 @@ def base(plan: Plan, blocks: Blocks) -> float:
 
 
 def neighbours(plan: Plan, begin: Any, end: Any, padded: int) -> Slab:
-    """The keys begin <= j < end, at most plan.width."""
-    start = jnp.minimum(begin, padded - plan.width)
-    j = start + lax.broadcasted_iota(jnp.int32, (1, 1, 1, plan.width), 3)
+    """The keys begin <= j < end, at most plan.width where it is not unrolled."""
+    width = end - begin if plan.unrolled else plan.width
+    start = jnp.minimum(begin, padded - width)
+    j = start + lax.broadcasted_iota(jnp.int32, (1, 1, 1, width), 3)
     return Slab(start, None, j, (j >= begin) & (j < jnp.minimum(end, plan.keys)))
 
 

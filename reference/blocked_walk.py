@@ -47,12 +47,13 @@ class _Scene(NamedTuple):
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def walk(plan: Plan, inputs: Inputs, mask: Mask, seed: Any) -> tuple[Array, Array]:
-    """(out (B, T, N, V), lse (B, T, N)), float32 or float64; `mask` has one window."""
-    return _forward(plan, inputs, mask, seed)[0]
+def walk(plans: tuple[Plan, Plan], inputs: Inputs, mask: Mask, seed: Any) -> tuple[Array, Array]:
+    """(out (B, T, N, V), lse (B, T, N)), float32 or float64; `mask` has one window. Plans: forward, backward."""
+    return _forward(plans, inputs, mask, seed)[0]
 
 
-def _forward(plan: Plan, inputs: Inputs, mask: Mask, seed: Any) -> Any:
+def _forward(plans: tuple[Plan, Plan], inputs: Inputs, mask: Mask, seed: Any) -> Any:
+    plan = plans[0]
     scene = _scene(plan, mask, seed, _blocks(plan, mask, inputs))
     batch, padded, heads, _ = scene.blocks.query.shape
     kv_heads, width = scene.blocks.value.shape[2:]
@@ -80,7 +81,8 @@ def _forward(plan: Plan, inputs: Inputs, mask: Mask, seed: Any) -> Any:
     return (out, lse[..., 0]), (inputs, mask, seed, out, lse)
 
 
-def _backward(plan: Plan, residuals: Any, cotangents: Any) -> Any:
+def _backward(plans: tuple[Plan, Plan], residuals: Any, cotangents: Any) -> Any:
+    plan = plans[1]
     inputs, mask, seed, out, lse = residuals
     blocks, pull = jax.vjp(partial(_blocks, plan, mask), inputs)
     scene, heads, base = _scene(plan, mask, seed, blocks), blocks.key.shape[2], tiles.base(plan, blocks)
@@ -132,20 +134,33 @@ def _backward(plan: Plan, residuals: Any, cotangents: Any) -> Any:
 
 def _for_each_tile(plan: Plan, scene: _Scene, body: Callable[..., Any], results: Any) -> Any:
     """body(results, tile, visits) over all tiles; visits(visit, state) is visit(slab, state) over all of a tile's."""
-    count = scene.blocks.query.shape[1] // plan.block_q
+    batch, count = len(scene.blocks.query), scene.blocks.query.shape[1] // plan.block_q
 
-    def run(n: Any, results: Any) -> Any:
-        b, number = lax.div(n, np.int32(count)), lax.rem(n, np.int32(count))
+    def run(b: Any, number: Any, results: Any) -> Any:
         # The gradients of a tile's queries take their place: nothing reads those again.
         query = results.query if isinstance(results, Blocks) else scene.blocks.query
         tile = tiles.load_tile(plan, scene.mask, scene.table, scene.blocks._replace(query=query), b, number)
         return body(results, tile, partial(_for_each_slab, plan, scene, b, number))
 
-    return _repeat(np.int32(count * len(scene.blocks.query)), run, results)
+    def run_one(n: Any, results: Any) -> Any:
+        return run(lax.div(n, np.int32(count)), lax.rem(n, np.int32(count)), results)
+
+    def run_sequence(b: Any, results: Any) -> Any:
+        for number in range(count):
+            results = run(b, number, results)
+        return results
+
+    if not plan.unrolled:
+        return _repeat(np.int32(batch * count), run_one, results)
+    return run_sequence(np.int32(0), results) if batch == 1 else _repeat(np.int32(batch), run_sequence, results)
 
 
 def _for_each_slab(plan: Plan, scene: _Scene, b: Any, number: Any, visit: Callable[..., Any], state: Any) -> Any:
     bounds, extras, counts = scene.visits
+    if plan.unrolled:
+        first, free, masked, end = (int(n) * plan.block_k for n in bounds[0, 0, number])
+        slab = tiles.neighbours(plan, first, end, end)._replace(free=plan.frees and (free, masked) == (first, end))
+        return visit(slab, state) if first < end else state
     first, free, masked, end = jnp.asarray(bounds)[b if len(bounds) > 1 else 0, 0, number] * plan.block_k
     width, padded = np.int32(plan.width), scene.blocks.key.shape[1]
     wholes = lax.div(masked - free, width) if plan.frees else np.int32(0)
@@ -188,8 +203,9 @@ def _scene(plan: Plan, mask: Mask, seed: Any, blocks: Blocks) -> _Scene:
     kv_heads = blocks.key.shape[2]
     tiling = Tiling(batch, heads, kv_heads, plan.tokens, plan.keys, plan.block_q, plan.block_k)
     # Scattered keys of a bias or of `keep` are not gathered: those arrays are O(T S) anyway.
-    gathers = blocks.bias is None and mask.keep is None
-    visits = key_visits(mask if gathers else replace(mask, pattern=_without_extras(mask.pattern)), tiling)
+    gathers = blocks.bias is None and mask.keep is None and not plan.unrolled
+    visited = mask if gathers else replace(mask, pattern=_without_extras(mask.pattern))
+    visits = key_visits(Mask(visited.pattern) if plan.unrolled else visited, tiling)
     table = random_table(mask.pattern, kv_heads, plan.keys)
     keep = None if mask.keep is None else _padded_pairs(plan, mask.keep)
     return _Scene(replace(mask, keep=keep), seed, blocks, visits, table)

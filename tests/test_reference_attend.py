@@ -22,7 +22,11 @@ from reference.logits import kept
 from reference.mask import FAR, Mask, Pattern
 
 SMALL_TILES: Any = partial(attend_blocked, block_q=32, block_k=16, width=48)
-FORMS = {"dense": attend_dense, "blocked": partial(attend_blocked, block_q=4, block_k=2, width=4)}
+FORMS = {
+    "dense": attend_dense,
+    "blocked": partial(attend_blocked, block_q=4, block_k=2, width=4),
+    "unrolled": attend_blocked,
+}
 OPTIONS = ("offset", "lengths", "segments", "bias", "keep", "soft_cap", "sinks", "dropout_rate")
 SIZES_ALONE = [case for case in ATTEND_CASES if case.causal and case.windows == ((FAR, FAR),)
                and not any(getattr(case, option) for option in OPTIONS)]  # fmt: skip
@@ -96,20 +100,22 @@ def test_loops_and_finite_differences(case, form, x64):
         assert abs((ahead - behind) / 2e-6 - slope) <= 1e-7 * max(1.0, abs(slope)), name
 
 
+@pytest.mark.parametrize("form", [SMALL_TILES, attend_blocked], ids=["loops", "unrolled"])
 @pytest.mark.parametrize("case", BLOCKED_CASES, ids=str)
-def test_blocked_against_the_oracle(case):
-    """In tiles of 32 queries and slabs of 48 keys; NaN and infinity in all tokens that do not exist."""
-    check_attend(SMALL_TILES, case)
+def test_blocked_against_the_oracle(case, form):
+    """In tiles of 32 queries and slabs of 48 keys, or of its own choice; NaN and infinity in what does not exist."""
+    check_attend(form, case)
 
 
+@pytest.mark.parametrize("length", [300, 512, 1100])  # the first two without loops
 @pytest.mark.parametrize(
     "pattern",
-    [Pattern(), Pattern(False, ((255, 255),)), Pattern(True, ((32, 32),), 1, 64, 3),
-     Pattern(True, ((255, 0), (FAR, FAR)))],
-    ids=["flash", "window", "sparse", "multiscale"],
+    [Pattern(), Pattern(False), Pattern(False, ((255, 255),)), Pattern(True, ((60, 60),)),
+     Pattern(True, ((32, 32),), 1, 64, 3), Pattern(False, ((32, 32),), 1, 64, 1), Pattern(True, ((255, 0), (FAR, FAR)))],
+    ids=["flash", "both sides", "window", "narrow window", "sparse", "sparse, both sides", "multiscale"],
 )  # fmt: skip
-def test_blocked_in_tiles_of_its_own_choice(pattern):
-    inputs, spec, cotangents = attend_inputs(AttendCase(1100, width=4, batch=1))
+def test_blocked_in_tiles_of_its_own_choice(pattern, length):
+    inputs, spec, cotangents = attend_inputs(AttendCase(length, width=4, batch=1 if length > 300 else 2))
     inputs = inputs._replace(mask=Mask(pattern))
     actual, expected = (compiled(form, inputs, spec, cotangents) for form in (attend_blocked, attend_dense))
     for name, array in actual.items():
