@@ -76,7 +76,8 @@ def flash_attention(query: Any, key: Any, value: Any, **options: Unpack[Attentio
 
     `out_i = sum_j softmax_j(scale * q_i . k_j + bias_ij) v_j`. Scores, softmax and sums are float32 (float64 for
     float64 arrays). A query that may see no key gives exactly 0, and nothing flows back through it. First derivatives
-    only, in reverse mode; without kernels second ones too, forward over reverse, as `jax.hessian` takes them. Source:
+    only, in reverse mode; without kernels second ones too, forward over reverse, as `jax.hessian` takes them, and
+    reverse over reverse where sequences are so short that no loop is needed (ValueError otherwise). Source:
     "FlashAttention-2" (Dao, 2023).
 
     Args:

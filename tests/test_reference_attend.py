@@ -111,7 +111,8 @@ def test_blocked_against_the_oracle(case, form):
 @pytest.mark.parametrize(
     "pattern",
     [Pattern(), Pattern(False), Pattern(False, ((255, 255),)), Pattern(True, ((60, 60),)),
-     Pattern(True, ((32, 32),), 1, 64, 3), Pattern(False, ((32, 32),), 1, 64, 1), Pattern(True, ((255, 0), (FAR, FAR)))],
+     Pattern(True, ((32, 32),), 1, 64, 3), Pattern(False, ((32, 32),), 1, 64, 1),
+     Pattern(True, ((255, 0), (FAR, FAR)))],
     ids=["flash", "both sides", "window", "narrow window", "sparse", "sparse, both sides", "multiscale"],
 )  # fmt: skip
 def test_blocked_in_tiles_of_its_own_choice(pattern, length):
