@@ -140,7 +140,7 @@ def _fla(given: Problem) -> Contender:
 
 
 def evo(a: Tensors) -> Any:
-    """EvoAttention, causal and without a mask, on (B, H, L, D); formulas of SEMANTICS section 1."""
+    """EvoAttention, causal and without a mask, on (B, H, L, D); formulas of the README."""
     v, length = a["v"], a["v"].shape[2]
 
     def lin(name: str, x: Any) -> Any:

@@ -1,4 +1,4 @@
-"""Attention layers for JAX of O(N) memory: EvoAttention, softmax family, linear; Pallas kernels with references."""
+"""Attention layers for JAX of O(L) memory: EvoAttention, softmax family, linear; Pallas kernels with references."""
 
 from evo_jax import _siblings as _siblings  # first: refuses to go on with another project's `reference`
 from evo_jax._version import __version__ as __version__

@@ -33,7 +33,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m evo_jax", description="Attention layers for JAX of O(N) memory.")
+    parser = argparse.ArgumentParser(prog="python -m evo_jax", description="Attention layers for JAX of O(L) memory.")
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     _add_demo(commands)

@@ -72,7 +72,7 @@ def autotune(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> TuneReport:
     on the first CUDA device, wherever they lie. One kernel is tuned after the other; a candidate counts only if its
     results are the default's, up to rounding; EvoAttention's are judged on positive values, where it is
     well-conditioned. Where no candidates were compiled beforehand for just this kernel, dtype,
-    mask and architecture, the nearest are tried; EVO_AUTOTUNE=1 leaves the default there.
+    mask and architecture, the nearest of its dtype are tried, if any; EVO_AUTOTUNE=1 leaves the default there.
 
     What is found holds for this device, these dtypes and head widths, lengths up to the next power of two, and this
     version of the kernels and of JAX, in all later processes; in this one, for what is traced from now on

@@ -75,7 +75,7 @@ class CUDA:
     def linear(
         hidden_size: int = 768, num_heads: int = 12, feature_map: Any = "elu", **options: Any
     ) -> LinearAttention:
-        """Linear attention: O(N) time, and a state of constant size."""
+        """Linear attention: O(L) time, and a state of constant size."""
         return _made(LinearAttention, hidden_size, num_heads, feature_map=feature_map, **options)
 
     @staticmethod
@@ -115,7 +115,7 @@ def _made(kind: Callable[..., Layer], hidden_size: int, num_heads: int, **option
 
 def _keywords(kind: Callable[..., Any]) -> list[str]:
     """The keyword arguments of a module's constructor."""
-    parameters = inspect.signature(cast(Any, kind).__init__).parameters.values()  # the class's own is nnx's
+    parameters = inspect.signature(kind).parameters.values()
     return sorted(p.name for p in parameters if p.kind is p.KEYWORD_ONLY)
 
 

@@ -50,8 +50,8 @@ def linear_attention(
         attention_mask: (B, L), (B, 1, L) or (B, 1, L, 1) where T == S == L; bool, int or float, 1 for a valid token.
             A masked token does not exist: it adds nothing, its output is exactly 0, its NaN is harmless.
         segment_ids: (B, L) integers where T == S == L; the sums start anew wherever the id changes, and a token sees
-            its own run of equal ids alone (but NaN and inf may show in neighbouring runs). `initial_state` belongs to
-            the first run, the returned state to the last.
+            its own run of equal ids alone (but NaN and inf may show in neighbouring runs). A negative id is no token,
+            as where masked. `initial_state` belongs to the first run, the returned state to the last.
         initial_state: LinearState(kv (B, K, D, V), z (B, K, D)), float; what an earlier call returned.
         return_state: also return the LinearState after the last token, so that a sequence can be cut anywhere.
         eps: added to the denominator; a query whose features are all 0 gives exactly 0.
@@ -109,9 +109,10 @@ def _rows(query: jax.Array, key: jax.Array, mask: Any, segment_ids: Any) -> tupl
     if segment_ids is not None:
         ids = shapes.segment_ids(_OP, segment_ids, batch, length)
         rows = rows.at[:, 1:].add(jnp.cumsum(ids[:, 1:] != ids[:, :-1], axis=1, dtype=jnp.int32))
+        rows = jnp.where(ids < 0, -rows, rows)
     if mask is not None:
         valid, wrong = padding.valid(_OP, mask, batch, length)
-        rows, bad = jnp.where(valid, rows, -rows), None if wrong is None else wrong.any(axis=1)
+        rows, bad = jnp.where(valid, rows, -jnp.abs(rows)), None if wrong is None else wrong.any(axis=1)
     return rows, bad
 
 

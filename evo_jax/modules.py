@@ -224,7 +224,7 @@ class LinearAttention(GroupedHeads):
                 output row is 0.
             position_embeddings: (cos, sin) of the new tokens' positions, (L, D), (B, L, D) or (1, L, 1, D), which turn
                 queries and keys before the feature map.
-            segment_ids: (B, L) integers; the sums start anew wherever the id changes.
+            segment_ids: (B, L) integers; the sums start anew wherever the id changes; a negative id is no token.
             cache: what the tokens before left, from init_cache or an earlier call; the new tokens stay causal.
             implementation: None, "triton", "reference" or "interpret".
 

@@ -13,8 +13,20 @@ from jax import lax
 from evo_jax import padding, shapes
 
 
+class _OfConstructor:
+    """`inspect.signature` of a class is that of its constructor, which nnx hides behind one of its own."""
+
+    def __get__(self, instance: Any, owner: type) -> inspect.Signature:
+        if instance is not None:  # that of an instance is that of its call
+            raise AttributeError("__signature__")
+        _, *rest = inspect.signature(cast(Any, owner).__init__).parameters.values()
+        return inspect.Signature(rest)
+
+
 class Streams(nnx.Module):
     """Gives a layer that takes a cache the method `stream`."""
+
+    __signature__ = _OfConstructor()
 
     def stream(
         self,

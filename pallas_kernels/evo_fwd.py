@@ -50,7 +50,7 @@ def forward(inputs: Inputs, carry: Tables | None, geo: Geometry) -> tuple[jax.Ar
     gate_type = jax.ShapeDtypeStruct(inputs.v.shape, geo.dot_dtype)
     gate = _launch("evo_gate", _gate_kernel, inputs, tables, gate_type, geo)
     if geo.dot_dtype == "float32" and geo.width > 128:  # beside rows this wide, its products would spill registers
-        final = _launch("evo_final", _final_kernel, inputs, gate, gate_type, geo)
+        final = _launch("evo_final", _final_kernel, inputs, gate, gate_type, _one_chunk(geo))
         return _norm(inputs, tables, final, geo, final=True), tables, last
     return _norm(inputs, tables, gate, geo), tables, last
 
@@ -58,8 +58,7 @@ def forward(inputs: Inputs, carry: Tables | None, geo: Geometry) -> tuple[jax.Ar
 def carry_tables(inputs: Inputs, carry: Tables | None, geo: Geometry) -> tuple[Tables, Tables | None]:
     """Sums over chunks and their scans; the second needs the first, since the gate reads the running mean."""
     table = jax.ShapeDtypeStruct((inputs.v.shape[0], geo.chunks, geo.width), geo.accum)
-    one = replace(geo, launch=replace(geo.launch, repeats=1))  # it has no kernels to hold
-    sums = _launch("evo_sums", _sums_kernel, inputs, None, table, one)
+    sums = _launch("evo_sums", _sums_kernel, inputs, None, table, _one_chunk(geo))  # it has no kernels to hold
     if not geo.causal:
         return totals_to_tables(sums.sum(1, keepdims=True), inputs.rows, inputs.params, geo), None
     context = _carries(sums, carry and carry.context)
@@ -67,6 +66,11 @@ def carry_tables(inputs: Inputs, carry: Tables | None, geo: Geometry) -> tuple[T
     gated = _carries(gated_sums, carry and carry.gated)
     last = None if carry is None else Tables(context[:, -1] + sums[:, -1], gated[:, -1] + gated_sums[:, -1])
     return Tables(context, gated), last
+
+
+def _one_chunk(geo: Geometry) -> Geometry:
+    """Of a pass whose programs take a chunk each."""
+    return replace(geo, launch=replace(geo.launch, repeats=1))
 
 
 def _carries(sums: jax.Array, before: Any) -> jax.Array:
@@ -236,7 +240,7 @@ def _norm(inputs: Inputs, tables: Tables, gate: jax.Array, geo: Geometry, final:
     Blocks are narrower where products are split, and without a carry where they would spill registers on A100. With
     several chunks a program, JAX 0.12's compiler takes half as many registers again.
     """
-    geo = replace(geo, launch=replace(geo.launch, repeats=1))
+    geo = _one_chunk(geo)
     if geo.dot_dtype == "float32":
         geo = replace(geo, launch=replace(geo.launch, block_d=16))
     elif geo.width > 128 and not geo.causal:

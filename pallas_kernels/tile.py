@@ -161,14 +161,15 @@ def first_place(task: Task) -> Place:
 def over_places(step: Callable[[Place, Any], Any], init: Any, task: Task) -> Any:
     """Fold `step(place, state)` over the heads and sequences of this program, in their order."""
     (heads, batch), first = task.share, first_place(task)
+    zero = jnp.int32(0)
 
     def at_sequence(b: Any, state: Any) -> Any:
         def at_head(h: Any, state: Any) -> Any:
             return step(Place(b, h, first.sequence + b, first.head + h, task.share), state)
 
-        return at_head(jnp.int32(0), state) if heads == 1 else lax.fori_loop(0, heads, at_head, state)
+        return at_head(zero, state) if heads == 1 else lax.fori_loop(zero, jnp.int32(heads), at_head, state)
 
-    return at_sequence(jnp.int32(0), init) if batch == 1 else lax.fori_loop(0, batch, at_sequence, init)
+    return at_sequence(zero, init) if batch == 1 else lax.fori_loop(zero, jnp.int32(batch), at_sequence, init)
 
 
 class Tokens(NamedTuple):

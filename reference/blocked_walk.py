@@ -254,4 +254,5 @@ def _product(a: Array, b: Array, axes: str) -> Array:
     return _einsum(axes, a, b)
 
 
-walk.defvjp(_forward, _backward)
+# Jitted, so that gradients taken outside of jit do not compile the loops anew at each call.
+walk.defvjp(_forward, jax.jit(_backward, static_argnums=0))

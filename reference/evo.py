@@ -1,6 +1,6 @@
 """EvoAttention, the gated prefix sum: a dense oracle differentiated by JAX, and a chunked form of O(L) time and memory.
 
-With lin_n(a) = a @ n_kernel + n_bias and t counting tokens, per head (SEMANTICS section 1):
+With lin_n(a) = a @ n_kernel + n_bias and t counting tokens, per head:
     c_t = sum_{s<=t} v_s        g_t = sigmoid(lin_gate(c_t / t))        S_t = sum_{s<=t} g_s v_s
     r_t = lin_q(q_t) / (|S_t| + |lin_local(v_t)| + 1e-8)                f_t = sigmoid(lin_final(silu(r_t) v_t))
     out_t = LayerNorm(f_t c_t);   not causal: c is the sum over all tokens, S = g c, both the same for every t.

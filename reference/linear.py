@@ -1,6 +1,6 @@
 """Linear attention: a dense O(T S) oracle differentiated by JAX, and a chunked form of O(L) time and memory.
 
-With phi the feature map, per query head and its key/value head (SEMANTICS section 2, linear):
+With phi the feature map, per query head and its key/value head:
     S_i = S_0 + sum_j phi(k_j) v_j^T      z_i = z_0 + sum_j phi(k_j)      over j <= i if causal, else over all j
     out_i = phi(q_i)^T S_i / (phi(q_i) . z_i + eps)
 `rows`, int32 (B, L), cuts a sequence into runs: |rows| is the number of the token's run, rows < 0 a masked token. Token

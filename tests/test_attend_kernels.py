@@ -156,12 +156,14 @@ def test_under_vmap_scan_and_remat():
     assert_close("vmap", batched[1], attend_dense(AttendInputs(2 * x, 2 * x, 2 * x, mask), spec)[0], 1e-6)
 
 
-def test_everything_with_x64_on(x64):
-    """Indices and hashes stay 32-bit, whatever JAX's default is."""
-    check_attend(small, next(case for case in ATTEND_CASES if case.keep and case.dropout_rate))
-
-
 PLATFORM = AttendCase(70, keys=50, bias="B11S", heads=(4, 2), soft_cap=2.0, lengths="kv", sinks=True)
+SHARED = AttendCase(40, bias="B11S", heads=(4, 2))  # whose gradient is summed over heads
+
+
+@pytest.mark.parametrize("case", [next(c for c in ATTEND_CASES if c.keep and c.dropout_rate), SHARED], ids=str)
+def test_everything_with_x64_on(case, x64):
+    """Indices and hashes stay 32-bit, whatever JAX's default is."""
+    check_attend(small, case)
 
 
 def test_platform_mode_runs_the_reference_on_a_cpu():

@@ -415,3 +415,13 @@ def test_what_does_not_fit_is_refused_by_name(options, error, message):
 def test_patterns_that_do_not_fit_are_refused_by_name(call, error, message):
     with pytest.raises(error, match=message):
         call()
+
+
+@pytest.mark.parametrize("tokens", [40, 600])
+def test_gradients_taken_outside_of_jit_compile_once(tokens, caplog):
+    gradient = jax.grad(lambda x: evo_jax.flash_attention(x, x, x).sum())
+    x = jnp.ones((1, tokens, 2, 4))
+    jax.block_until_ready(gradient(x))
+    with jax.log_compiles():
+        jax.block_until_ready(gradient(x))
+    assert not [record for record in caplog.records if "Compiling" in record.getMessage()]

@@ -47,6 +47,7 @@ REPEATED = (
     EvoCase(100, 80),
     EvoCase(200, 128, dtype="bfloat16"),
     EvoCase(320, 64, dtype="bfloat16"),
+    EvoCase(70, 136),  # a kernel more
 )
 
 

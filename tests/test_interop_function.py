@@ -152,8 +152,9 @@ def test_other_ways_to_differentiate_are_refused_not_ignored():
         assert fn(x).shape == (3,)
     with pytest.raises(RuntimeError, match="functorch transforms"):
         torch.func.grad(lambda x: fn(x).sum())(x)
-    with pytest.raises(RuntimeError, match="storage"):
-        torch.vmap(fn)(x[None])
+    for transform in (torch.vmap, torch.func.functionalize):
+        with pytest.raises(RuntimeError, match=r"transform of torch\.func"):
+            transform(fn)(x[None])
 
 
 @pytest.mark.parametrize("size", [4, 1 << 19])  # small, and where XLA would share the memory
@@ -246,6 +247,37 @@ def test_backward_keeps_the_settings_of_forward_on_another_thread():
     thread.join()
     prefix = x.detach().cumsum(0)
     torch.testing.assert_close(seen[0], (2 * prefix).flip(0).cumsum(0).flip(0), rtol=1e-12, atol=1e-12)
+
+
+def test_residuals_are_tensors_that_torch_can_move():
+    """All of them: what is held beside would not be freed by checkpointing, nor offloaded."""
+    x, w = _tensors((5, 3), (4, 3))
+    moved = []
+    fn = to_torch_function(lambda x, w: jnp.tanh(jnp.sin(x) @ w.T) * jnp.cos(x).sum())
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: moved.append(t) or t.clone(), lambda t: t):
+        y = fn(x, w)
+    residuals = jax.tree.leaves(jax.vjp(lambda x, w: jnp.tanh(jnp.sin(x) @ w.T) * jnp.cos(x).sum(),
+                                        *(jnp.asarray(t.detach().numpy()) for t in (x, w)))[1])  # fmt: skip
+    assert len(moved) >= len([r for r in residuals if r.ndim]) > 2
+    same = torch.tanh(torch.sin(x) @ w.t()) * torch.cos(x).sum()
+    torch.testing.assert_close(torch.autograd.grad(y.sum(), (x, w)), torch.autograd.grad(same.sum(), (x, w)))
+
+
+def test_checkpointing_of_a_layer_computes_it_again():
+    from evo_jax.interop import FlashAttention
+
+    layer, calls = FlashAttention(16, 2), []
+
+    def block(x):
+        calls.append(1)
+        return layer(x)[0]
+
+    x = torch.randn(1, 5, 16, requires_grad=True)
+    torch.utils.checkpoint.checkpoint(block, x, use_reentrant=False).sum().backward()
+    assert len(calls) == 2
+    actual, x.grad = x.grad, None
+    layer(x)[0].sum().backward()
+    torch.testing.assert_close(actual, x.grad)
 
 
 def test_checkpointing_of_torch_recomputes_it():

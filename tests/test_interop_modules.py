@@ -242,10 +242,47 @@ def test_bias_and_out_proj_do_what_they_say():
     weights = {key: torch.zeros_like(w) for key, w in zeros.state_dict().items() if key.endswith("bias")}
     zeros.load_state_dict(weights | plain.state_dict())
     assert torch.equal(plain(X), zeros(X))
-    with pytest.raises(RuntimeError, match="leave bias= out"):
+    with pytest.raises(RuntimeError, match=r"core\.q_proj\.bias"):
         plain.load_state_dict(zeros.state_dict())
-    with pytest.raises(RuntimeError, match="leave out_proj= out"):
+    with pytest.raises(RuntimeError, match=r"out_proj\.weight"):
         full.load_state_dict(zeros.state_dict())
+    assert len(plain.load_state_dict(zeros.state_dict(), strict=False).unexpected_keys) == 4
+    assert len(full.load_state_dict(zeros.state_dict(), strict=False).missing_keys) == 2
+
+
+def test_what_would_not_be_called_is_refused():
+    class LowRank(torch.nn.Module):
+        def __init__(self, inner):
+            super().__init__()
+            self.weight = inner.weight
+
+    x = torch.randn(1, 4, 16)
+    for change in (
+        lambda layer: setattr(layer, "q_proj", LowRank(layer.q_proj)),
+        lambda layer: setattr(layer, "k_proj", torch.nn.Linear(16, 16)),
+        lambda layer: layer.v_proj.register_forward_pre_hook(lambda *_: None),
+        lambda layer: layer.o_proj.register_forward_hook(lambda *_: None),
+        lambda layer: setattr(layer.o_proj, "forward", lambda x: x),
+    ):
+        layer = FlashAttention(16, 2)
+        change(layer)
+        with pytest.raises(NotImplementedError, match=r"FlashAttention: [qkvo]_proj"):
+            layer(x)
+    evo = EvoAttention(16, 2)
+    evo.core.norm = torch.nn.RMSNorm(8)
+    with pytest.raises(NotImplementedError, match="EvoAttentionCore: norm is a RMSNorm"):
+        evo(x)
+    layer = FlashAttention(16, 2)
+    torch.nn.utils.parametrizations.weight_norm(layer.q_proj)
+    assert layer(x)[0].shape == x.shape
+
+
+def test_the_cache_of_evo_attention_has_the_layers_dtype(x64):
+    layer, x = EvoAttention(16, 2, dtype=torch.float64), torch.randn(1, 9, 16, dtype=torch.float64)
+    assert EvoAttention(16, 2, dtype=torch.bfloat16).init_cache(1).sum.dtype is torch.float32
+    first, cache = layer(x[:, :5], cache=layer.init_cache(1))
+    rest, _ = layer(x[:, 5:], cache=cache)
+    torch.testing.assert_close(torch.cat([first, rest], 1), layer(x), rtol=1e-13, atol=1e-13)
 
 
 def test_torch_treats_a_twin_as_any_module():

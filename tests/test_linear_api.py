@@ -98,6 +98,19 @@ def test_a_segment_is_a_sequence_of_its_own_even_where_its_id_came_before(causal
             assert_close("out", out[b, start:end], alone[0], 1e-5)
 
 
+@pytest.mark.parametrize("causal", [True, False])
+def test_a_token_of_a_negative_segment_does_not_exist(causal):
+    """As in softmax attention, and as a masked token; NaN in it is harmless."""
+    q, k, v = jax.random.normal(jax.random.key(3), (3, 2, 12, 2, 4))
+    ids = jnp.array([[0, 0, 0, -1, -1, 0, 0, 1, 1, -2, -2, -2], [-1, 2, 2, 2, 2, 2, 2, 2, 2, 2, 2, -1]])
+    alone = (ids >= 0)[..., None, None]
+    run = lambda *arrays, **options: evo_jax.linear_attention(*arrays, is_causal=causal, **options)  # noqa: E731
+    actual = run(*(jnp.where(alone, x, jnp.nan) for x in (q, k, v)), segment_ids=ids)
+    expected = run(q, k, v, segment_ids=jnp.where(ids < 0, 7, ids), attention_mask=ids >= 0)
+    np.testing.assert_array_equal(actual, expected)
+    assert not np.any(np.where(alone, 0, actual)) and np.isfinite(actual).all()
+
+
 def test_the_state_belongs_to_the_first_segment_and_comes_back_from_the_last():
     out, state = linear(Q, KEY, VALUE, segment_ids=SEGMENTS, initial_state=STATE, return_state=True)
     end = 13  # of the first segment of sequence 0

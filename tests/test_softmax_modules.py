@@ -1,5 +1,6 @@
 """The four modules of the softmax family, their linen twins and the factory; the original's layers through them."""
 
+import inspect
 import json
 from importlib.util import find_spec
 from pathlib import Path
@@ -268,3 +269,12 @@ def test_the_layers_of_the_original_are_reproduced_in_float64(golden_dir, x64):
             options["attention_mask"] = wide["mask"].reshape((1,) * (4 - wide["mask"].ndim) + wide["mask"].shape)
         out, _ = nnx.jit(layer)(wide["x"], **options)
         assert_close(record["id"], out, arrays["out"], 1e-10)
+
+
+@pytest.mark.parametrize("name", ["EvoAttention", "LinearAttention", *KINDS])
+def test_the_signature_of_a_layer_is_its_constructors(name):
+    kind = getattr(evo_jax, name)
+    parameters = inspect.signature(kind).parameters
+    assert list(parameters)[1] == "num_heads" and "rngs" in parameters and "self" not in parameters
+    layer = kind(16, 2, rngs=nnx.Rngs(0))
+    assert "num_heads" not in inspect.signature(layer).parameters, "that of an instance is its call's"

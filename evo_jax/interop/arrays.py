@@ -11,6 +11,7 @@ import torch
 from jax.core import Tracer
 
 _WIDE = (torch.float64, torch.int64, torch.uint64, torch.complex128)
+_torch: Any = torch  # of what it does not declare
 _BFLOAT16 = np.dtype(jnp.bfloat16)
 
 
@@ -29,7 +30,8 @@ def from_torch(tensor: torch.Tensor, *, copy: bool | None = None) -> jax.Array:
 
     Raises:
         TypeError: a 64-bit dtype while jax_enable_x64 is off, a dtype that JAX lacks, or not a strided tensor.
-        ValueError: `copy=False` and a layout that needs a copy. RuntimeError: a device that JAX does not have.
+        ValueError: `copy=False` and a layout that needs a copy. RuntimeError: a device that JAX does not have, or
+            a tensor inside of a transform of torch.func.
 
     >>> import torch
     >>> from evo_jax.interop import from_torch
@@ -53,7 +55,7 @@ def from_torch(tensor: torch.Tensor, *, copy: bool | None = None) -> jax.Array:
 
 
 def to_torch(array: jax.Array, *, copy: bool | None = True) -> torch.Tensor:
-    """Return `array`'s values as a torch tensor of its shape and dtype, on its device, contiguous.
+    """Return `array`'s values as a torch tensor of its shape and dtype, on its device; a copy is contiguous.
 
     The result is a copy by default, for torch may write to it and JAX takes its arrays for constant. `copy=False`
     shares the memory: then write to the tensor only if no JAX array or computation will read that memory again, and
@@ -75,7 +77,7 @@ def to_torch(array: jax.Array, *, copy: bool | None = True) -> torch.Tensor:
     _check_array(array)
     tensor = exported(array)
     if copy:
-        tensor = tensor.clone()
+        tensor = tensor.clone(memory_format=torch.contiguous_format)
         if tensor.is_cuda:  # else JAX could free `array`, and use its memory anew, before torch has read it
             torch.cuda.current_stream(tensor.device).synchronize()
     return tensor
@@ -117,6 +119,8 @@ def check_tensor(tensor: torch.Tensor) -> None:
         )
     if tensor.layout is not torch.strided:
         raise TypeError(f"JAX holds strided tensors only, not {tensor.layout=}: give tensor.to_dense()")
+    if _torch._C._functorch.is_functorch_wrapped_tensor(tensor) or _torch._is_functional_tensor(tensor):
+        raise RuntimeError("a tensor inside of a transform of torch.func has no memory that JAX could read")
     if tensor.is_quantized:
         raise TypeError(f"JAX has no {tensor.dtype=}: give tensor.dequantize()")
     _device(tensor.device.type, tensor.device.index)

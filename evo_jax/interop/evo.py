@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from evo_jax import evo, modules, shapes
 from evo_jax.interop.function import to_torch_function
-from evo_jax.interop.state_dict import EVO_NAMES, NamedAsTheOriginals, Spec, assembled
+from evo_jax.interop.state_dict import EVO_NAMES, NamedAsTheOriginals, Spec, assembled, plain
 from reference.evo_params import EvoParams, EvoState
 
 _LINEAR = ("q_proj", "v_proj_local", "global_stat_gate_proj", "final_gate_proj")
@@ -63,11 +63,9 @@ class EvoAttentionCore(NamedAsTheOriginals):
     def weights(self, prefix: str = "") -> dict[str, Tensor | None]:
         """The parameters by their names, the biases that are left out as None."""
         layers = {**{name: getattr(self, name) for name in _LINEAR}, "norm": self.norm}
+        for name, layer in layers.items():
+            plain(type(self).__name__, name, layer, nn.LayerNorm if name == "norm" else nn.Linear)
         return {f"{prefix}{n}.{kind}": getattr(m, kind) for n, m in layers.items() for kind in ("weight", "bias")}
-
-    def hints(self, state_dict: Mapping[str, Tensor]) -> list[str]:
-        unexpected = "q_proj.bias" in state_dict and self.weights()["q_proj.bias"] is None
-        return ["the original ignores bias=False and has biases: leave bias= out to load them"] if unexpected else []
 
     def forward(self, query: Tensor, key: Tensor | None = None, value: Tensor | None = None, **options: Any) -> Any:
         """Of values alone, core(v), or with other queries, core(q, k, v), of which k plays no part, as it never did."""
@@ -121,15 +119,11 @@ class EvoAttention(NamedAsTheOriginals):
     def extra_repr(self) -> str:
         return f"embed_dim={self.embed_dim}, num_heads={self.num_heads}, head_dim={self.head_dim}"
 
-    def hints(self, state_dict: Mapping[str, Tensor]) -> list[str]:
-        missing = self.out_proj is not None and "out_proj.weight" not in state_dict
-        return ["the original ignores out_proj=True and has none: leave out_proj= out to load this"] if missing else []
-
-    def init_cache(self, batch_size: int, dtype: torch.dtype = torch.float32) -> EvoState:
-        """The state before the first token, an EvoState of tensors on the parameters' device."""
-        sums = torch.zeros(
-            2, batch_size, self.num_heads, self.head_dim, dtype=dtype, device=self.core.norm.weight.device
-        )
+    def init_cache(self, batch_size: int, dtype: torch.dtype | None = None) -> EvoState:
+        """The state before the first token: tensors on the parameters' device, of their dtype or float32 if wider."""
+        like = self.core.norm.weight
+        dtype = torch.promote_types(like.dtype, torch.float32) if dtype is None else dtype
+        sums = torch.zeros(2, batch_size, self.num_heads, self.head_dim, dtype=dtype, device=like.device)
         return EvoState(sums[0], sums[1], torch.zeros(batch_size, dtype=torch.int32, device=sums.device))
 
     def forward(
@@ -155,6 +149,7 @@ class EvoAttention(NamedAsTheOriginals):
         """
         weights = self.core.weights("core.")
         if self.out_proj is not None:
+            plain("EvoAttention", "out_proj", self.out_proj, nn.Linear)
             weights |= {"out_proj.weight": self.out_proj.weight, "out_proj.bias": self.out_proj.bias}
         given = _prepared({"attention_mask": attention_mask, "causal": causal, "cache": cache, **options})
         return _module(self.spec, weights, x, given)

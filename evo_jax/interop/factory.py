@@ -97,7 +97,7 @@ class CUDA:
     def linear(
         cls, hidden_size: int = 768, num_heads: int = 12, feature_map: str = "elu", **options: Any
     ) -> FactoryAttention:
-        """Linear attention: O(N) time, and a state of constant size."""
+        """Linear attention: O(L) time, and a state of constant size."""
         return FactoryAttention(LinearAttention(hidden_size, num_heads, feature_map=feature_map, **options))
 
     @classmethod

@@ -20,10 +20,6 @@ _TWICE = (
     "differentiate once only: take the inner derivative in JAX instead, as in to_torch_function(jax.grad(fn)), and "
     "let torch differentiate that"
 )
-_RELEASED = (
-    "this graph's residuals are gone: backward ran through it before without retain_graph=True, which a second "
-    "backward needs"
-)
 # Places of a call's arrays among its leaves; every other leaf is static, and part of what a trace belongs to.
 _DIFFERENTIATED, _GIVEN, _ARRAY = object(), object(), object()
 
@@ -38,8 +34,9 @@ def to_torch_function(fn: Callable[..., Any]) -> Callable[..., Any]:
 
     Gradients reach the floating and complex tensors that require them; integers and bools have none. Under
     torch.no_grad(), or where no tensor requires a gradient, nothing is kept for a backward pass. What is kept are
-    inputs and results, which torch watches for changes made in place, and `fn`'s own residuals, which are freed with
-    the graph. No result shares memory with an argument or with anything that JAX keeps.
+    inputs and results, which torch watches for changes made in place, and `fn`'s own residuals; all are torch's saved
+    tensors, so that torch.utils.checkpoint and saved_tensors_hooks recompute or move them (but for arrays that torch
+    has no dtype for, as random keys). No result shares memory with an argument or with anything that JAX keeps.
 
     Raises:
         TypeError: an unhashable static argument, or a tensor that from_torch() refuses (so: 64-bit dtypes need
@@ -207,9 +204,9 @@ class _Bridge(torch.autograd.Function):
         leaves, own, plan = call.case.forward(arrays[:count], arrays[count:], call.others)
         results = [exported(leaf) for leaf in leaves]
         known = [*inputs, *results]
-        ctx.save_for_backward(*(known[place] for place in plan.shared))
+        ctx.save_for_backward(*(known[place] for place in plan.shared), *(exported(a) for a in own if not _is_key(a)))
         ctx.mark_non_differentiable(*(r for i, r in enumerate(results) if i not in plan.floats))
-        ctx.own, ctx.plan, ctx.settings = own, plan, _settings()
+        ctx.keys, ctx.plan, ctx.settings = [a if _is_key(a) else None for a in own], plan, _settings()
         call.results = plan.results
         return tuple(results)
 
@@ -217,16 +214,18 @@ class _Bridge(torch.autograd.Function):
     def backward(ctx: Any, *cotangents: torch.Tensor) -> Any:  # pyright: ignore
         if torch.is_grad_enabled():
             raise RuntimeError(_TWICE)
-        saved = ctx.saved_tensors
-        if ctx.own is None:
-            raise RuntimeError(_RELEASED)
+        saved, count = ctx.saved_tensors, len(ctx.plan.shared)
         with _restored(ctx.settings):
-            shared = [argument(tensor) for tensor in saved]
+            known = [argument(tensor) for tensor in saved]
+            rest = iter(known[count:])
+            own = [next(rest) if key is None else key for key in ctx.keys]
             given = [argument(cotangents[place]) for place in ctx.plan.floats]
-            gradients = ctx.plan.backward(ctx.own, shared, given)
-        if not _graph_is_kept():
-            ctx.own = None
+            gradients = ctx.plan.backward(own, known[:count], given)
         return None, *(exported(gradient) for gradient in gradients)
+
+
+def _is_key(array: jax.Array) -> bool:
+    return jnp.issubdtype(array.dtype, jax.dtypes.extended)
 
 
 def _refuse_tangents(tensors: Sequence[torch.Tensor]) -> None:
@@ -257,9 +256,3 @@ def _entered(settings: tuple[Any, ...]):
 
 def _restored(settings: tuple[Any, ...]) -> contextlib.AbstractContextManager[None]:
     return contextlib.nullcontext() if settings == _settings() else _entered(settings)
-
-
-def _graph_is_kept() -> bool:
-    """Whether the running backward pass was called with retain_graph=True; True where torch does not tell."""
-    tell = getattr(getattr(torch._C, "_autograd", None), "_get_current_graph_task_keep_graph", None)
-    return True if tell is None else tell()

@@ -14,7 +14,7 @@ from torch.nn.functional import pad
 from evo_jax import modules, shapes, softmax_modules
 from evo_jax.interop.evo import as_bool
 from evo_jax.interop.function import to_torch_function
-from evo_jax.interop.state_dict import FULL_HEADS, NamedAsTheOriginals, Spec, assembled, skeleton
+from evo_jax.interop.state_dict import FULL_HEADS, NamedAsTheOriginals, Spec, assembled, plain, skeleton
 from reference.linear_maps import LinearState
 
 Pair = tuple[Tensor, Tensor]
@@ -86,9 +86,13 @@ class TorchAttention(NamedAsTheOriginals):
 
     def weights(self) -> dict[str, Tensor]:
         """The parameters by their names."""
-        found: dict[str, Tensor] = {
-            f"{name}.weight": getattr(self, name).weight for name in ("q_proj", "k_proj", "v_proj", "o_proj")
-        }
+        found: dict[str, Tensor] = {}
+        for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
+            layer = getattr(self, name)
+            plain(op := type(self).__name__, name, layer, Linear)
+            if layer.bias is not None:
+                raise NotImplementedError(f"{op}: {name} has a bias, which this layer would not add")
+            found[f"{name}.weight"] = layer.weight
         return found if self.sinks is None else {**found, "sinks": self.sinks}
 
     def __call__(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Any]:
@@ -241,7 +245,7 @@ def _softmax_attention(
     query, key, value = layer.project(x, rotary)
     own = {name: given[name] for name in ("dropout_seed", "segment_ids") if name in given}
     seen, chosen = ((key, value), {}) if "past" not in given else _joined(given, key, value)
-    chosen = {"is_causal": layer.is_causal, **own, **chosen, **_pairs(given, query)}
+    chosen = {"is_causal": layer.is_causal, **own, **chosen, **_pairs(spec.kind.__name__, given, query)}
     if "valid" in given and "past" not in given:
         chosen["attention_mask"] = given["valid"]
     out = layer.attend(
@@ -272,13 +276,13 @@ def _joined(given: dict[str, Any], key: jax.Array, value: jax.Array) -> tuple[tu
     return seen, chosen
 
 
-def _pairs(given: dict[str, Any], query: jax.Array) -> dict[str, Any]:
+def _pairs(op: str, given: dict[str, Any], query: jax.Array) -> dict[str, Any]:
     """The options that a mask of pairs stands for: it takes the place of causality; a float one of keys does not."""
     if "pairs" not in given:
         return {}
     mask, floating = given["pairs"], jnp.issubdtype(given["pairs"].dtype, jnp.floating)
     if not floating and mask.dtype != bool:
-        raise TypeError(f"attention_mask {mask.shape} of {mask.dtype.name}, of pairs, must be bool or float")
+        raise TypeError(f"{op}: attention_mask {mask.shape} of {mask.dtype.name}, of pairs, must be bool or float")
     of_keys = floating and mask.shape[2] == 1 and query.shape[1] > 1
     return {"bias" if floating else "mask": mask} | ({} if of_keys else {"is_causal": False})
 

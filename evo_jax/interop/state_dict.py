@@ -138,7 +138,7 @@ class NamedAsTheOriginals(torch.nn.Module):
     """A module that loads a state_dict of the original's with or without the prefixes "attention." and "core."."""
 
     def hints(self, state_dict: Mapping[str, torch.Tensor]) -> list[str]:
-        """What to tell besides torch's error, of a state_dict by this module's names that does not fit."""
+        """What to tell besides torch's error of sizes that do not fit, which is one whether strict or not."""
         return []
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:  # pyright: ignore
@@ -148,9 +148,19 @@ class NamedAsTheOriginals(torch.nn.Module):
             if renamed != key and renamed not in state_dict:
                 state_dict[renamed] = state_dict.pop(key)
         own = {key.removeprefix(prefix): value for key, value in state_dict.items() if key.startswith(prefix)}
-        _, strict, *_, errors = rest
-        errors += self.hints(own) if strict else []
+        *_, errors = rest
+        errors += self.hints(own)
         super()._load_from_state_dict(state_dict, prefix, *rest)
+
+
+def plain(op: str, name: str, module: Any, kind: Any) -> None:
+    """Raise unless `module` computes as its weight and bias alone say: it is never called."""
+    called = isinstance(module, kind) and type(module).forward is kind.forward and "forward" not in vars(module)
+    if not called or module._forward_hooks or module._forward_pre_hooks:
+        raise NotImplementedError(
+            f"{op}: {name} is a {type(module).__name__} that has hooks or a forward of its own, and this layer would "
+            "not call it: merge what wraps it into the weight, or use torch.nn.utils.parametrize"
+        )
 
 
 @dataclass(frozen=True)
