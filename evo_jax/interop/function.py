@@ -20,6 +20,7 @@ _TWICE = (
     "differentiate once only: take the inner derivative in JAX instead, as in to_torch_function(jax.grad(fn)), and "
     "let torch differentiate that"
 )
+_SMALL = 2**14  # bytes
 # Places of a call's arrays among its leaves; every other leaf is static, and part of what a trace belongs to.
 _DIFFERENTIATED, _GIVEN, _ARRAY = object(), object(), object()
 
@@ -34,9 +35,9 @@ def to_torch_function(fn: Callable[..., Any]) -> Callable[..., Any]:
 
     Gradients reach the floating and complex tensors that require them; integers and bools have none. Under
     torch.no_grad(), or where no tensor requires a gradient, nothing is kept for a backward pass. What is kept are
-    inputs and results, which torch watches for changes made in place, and `fn`'s own residuals; all are torch's saved
-    tensors, so that torch.utils.checkpoint and saved_tensors_hooks recompute or move them (but for arrays that torch
-    has no dtype for, as random keys). No result shares memory with an argument or with anything that JAX keeps.
+    inputs and results, which torch watches for changes made in place, and `fn`'s own residuals; all but those of a few
+    KB are torch's saved tensors, which torch.utils.checkpoint recomputes and saved_tensors_hooks can move. No result
+    shares memory with an argument or with anything that JAX keeps.
 
     Raises:
         TypeError: an unhashable static argument, or a tensor that from_torch() refuses (so: 64-bit dtypes need
@@ -204,9 +205,9 @@ class _Bridge(torch.autograd.Function):
         leaves, own, plan = call.case.forward(arrays[:count], arrays[count:], call.others)
         results = [exported(leaf) for leaf in leaves]
         known = [*inputs, *results]
-        ctx.save_for_backward(*(known[place] for place in plan.shared), *(exported(a) for a in own if not _is_key(a)))
+        ctx.save_for_backward(*(known[place] for place in plan.shared), *(exported(a) for a in own if not _stays(a)))
         ctx.mark_non_differentiable(*(r for i, r in enumerate(results) if i not in plan.floats))
-        ctx.keys, ctx.plan, ctx.settings = [a if _is_key(a) else None for a in own], plan, _settings()
+        ctx.own, ctx.plan, ctx.settings = [a if _stays(a) else None for a in own], plan, _settings()
         call.results = plan.results
         return tuple(results)
 
@@ -218,14 +219,15 @@ class _Bridge(torch.autograd.Function):
         with _restored(ctx.settings):
             known = [argument(tensor) for tensor in saved]
             rest = iter(known[count:])
-            own = [next(rest) if key is None else key for key in ctx.keys]
+            own = [next(rest) if array is None else array for array in ctx.own]
             given = [argument(cotangents[place]) for place in ctx.plan.floats]
             gradients = ctx.plan.backward(own, known[:count], given)
         return None, *(exported(gradient) for gradient in gradients)
 
 
-def _is_key(array: jax.Array) -> bool:
-    return jnp.issubdtype(array.dtype, jax.dtypes.extended)
+def _stays(array: jax.Array) -> bool:
+    """Whether a residual does not go through torch, which takes 10 us: a small one, or a random key."""
+    return jnp.issubdtype(array.dtype, jax.dtypes.extended) or array.nbytes < _SMALL
 
 
 def _refuse_tangents(tensors: Sequence[torch.Tensor]) -> None:
