@@ -51,7 +51,7 @@ def linear_attention(
             A masked token does not exist: it adds nothing, its output is exactly 0, its NaN is harmless.
         segment_ids: (B, L) integers where T == S == L; the sums start anew wherever the id changes, and a token sees
             its own run of equal ids alone (but NaN and inf may show in neighbouring runs). A negative id is no token,
-            as where masked. `initial_state` belongs to the first run, the returned state to the last.
+            as where masked, and cuts no run. `initial_state` belongs to the first run, the returned state to the last.
         initial_state: LinearState(kv (B, K, D, V), z (B, K, D)), float; what an earlier call returned.
         return_state: also return the LinearState after the last token, so that a sequence can be cut anywhere.
         eps: added to the denominator; a query whose features are all 0 gives exactly 0.
@@ -108,7 +108,11 @@ def _rows(query: jax.Array, key: jax.Array, mask: Any, segment_ids: Any) -> tupl
     rows, bad = jnp.ones((batch, length), jnp.int32), None
     if segment_ids is not None:
         ids = shapes.segment_ids(_OP, segment_ids, batch, length)
-        rows = rows.at[:, 1:].add(jnp.cumsum(ids[:, 1:] != ids[:, :-1], axis=1, dtype=jnp.int32))
+        place = jnp.where(ids < 0, -1, jnp.arange(length, dtype=jnp.int32))
+        last = jax.lax.cummax(place, axis=1)[:, :-1]  # the last token that there was before each one
+        before = jnp.take_along_axis(ids, jnp.maximum(last, 0), axis=1)
+        changes = (ids[:, 1:] >= 0) & (last >= 0) & (ids[:, 1:] != before)
+        rows = rows.at[:, 1:].add(jnp.cumsum(changes, axis=1, dtype=jnp.int32))
         rows = jnp.where(ids < 0, -rows, rows)
     if mask is not None:
         valid, wrong = padding.valid(_OP, mask, batch, length)

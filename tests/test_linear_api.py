@@ -1,6 +1,7 @@
 """linear_attention at the public door: masks, segments, feature maps, the state, dtypes, transforms, refusals."""
 
 import itertools
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -100,15 +101,22 @@ def test_a_segment_is_a_sequence_of_its_own_even_where_its_id_came_before(causal
 
 @pytest.mark.parametrize("causal", [True, False])
 def test_a_token_of_a_negative_segment_does_not_exist(causal):
-    """As in softmax attention, and as a masked token; NaN in it is harmless."""
-    q, k, v = jax.random.normal(jax.random.key(3), (3, 2, 12, 2, 4))
-    ids = jnp.array([[0, 0, 0, -1, -1, 0, 0, 1, 1, -2, -2, -2], [-1, 2, 2, 2, 2, 2, 2, 2, 2, 2, 2, -1]])
-    alone = (ids >= 0)[..., None, None]
-    run = lambda *arrays, **options: evo_jax.linear_attention(*arrays, is_causal=causal, **options)  # noqa: E731
-    actual = run(*(jnp.where(alone, x, jnp.nan) for x in (q, k, v)), segment_ids=ids)
-    expected = run(q, k, v, segment_ids=jnp.where(ids < 0, 7, ids), attention_mask=ids >= 0)
-    np.testing.assert_array_equal(actual, expected)
-    assert not np.any(np.where(alone, 0, actual)) and np.isfinite(actual).all()
+    """As in softmax attention: the rest is as without it, states included; NaN in it is harmless."""
+    q, k, v = jax.random.normal(jax.random.key(3), (3, 3, 12, 2, 4))
+    state = LinearState(jnp.ones((3, 2, 4, 4)), jnp.ones((3, 2, 4)))
+    ids = jnp.array([[0, 0, 0, -1, -1, 0, 0, 1, 1, -2, -2, -2], [-1, 2, 2, 2, 2, 3, 3, 2, 2, 2, 2, -1], [-1] * 12])
+    run = partial(evo_jax.linear_attention, is_causal=causal, return_state=True)
+    here = (ids >= 0)[..., None, None]
+    out, last = run(*(jnp.where(here, x, jnp.nan) for x in (q, k, v)), segment_ids=ids, initial_state=state)
+    assert not np.any(np.where(here, 0, out))
+    for b in range(3):
+        real = np.flatnonzero(ids[b] >= 0)
+        own = [x[b : b + 1, real] for x in (q, k, v)]
+        first = jax.tree.map(lambda x, b=b: x[b : b + 1], state)
+        expected, after = run(*own, segment_ids=ids[b : b + 1, real], initial_state=first)
+        assert_close("out", out[b, real], expected[0], 1e-6)
+        assert_close("kv", last.kv[b], after.kv[0], 1e-6)
+        assert_close("z", last.z[b], after.z[0], 1e-6)
 
 
 def test_the_state_belongs_to_the_first_segment_and_comes_back_from_the_last():
