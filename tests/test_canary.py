@@ -68,7 +68,11 @@ def test_pallas_triton_has_every_name_that_the_kernels_use():
 
 
 @pytest.mark.parametrize(
-    "module, function", [("pl", "pallas_call"), ("pltriton", "CompilerParams"), ("pltriton", "load")]
+    "module, function",
+    [
+        ("pl", "pallas_call"),
+        *(("pltriton", name) for name in ("CompilerParams", "load", "store", "elementwise_inline_asm")),
+    ],
 )
 def test_pallas_triton_takes_every_keyword_that_the_kernels_pass(module, function):
     known = set(inspect.signature(getattr(pallas(MODULES[module]), function)).parameters)

@@ -273,8 +273,11 @@ def test_what_would_not_be_called_is_refused():
     with pytest.raises(NotImplementedError, match="EvoAttentionCore: norm is a RMSNorm"):
         evo(x)
     layer = FlashAttention(16, 2)
+    before = layer(x)[0]
     torch.nn.utils.parametrizations.weight_norm(layer.q_proj)
-    assert layer(x)[0].shape == x.shape
+    torch.testing.assert_close(layer(x)[0], before)
+    next(p for name, p in layer.named_parameters() if name.endswith("original0")).data.mul_(3)
+    assert not torch.allclose(layer(x)[0], before), "the weight is what parametrize makes of it"
 
 
 def test_the_cache_of_evo_attention_has_the_layers_dtype(x64):

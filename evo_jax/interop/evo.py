@@ -146,6 +146,7 @@ class EvoAttention(NamedAsTheOriginals):
 
         Raises:
             ValueError: shapes that do not fit, a mask with other values than 0 and 1. TypeError: dtypes.
+            NotImplementedError: a projection or norm with hooks or a forward of its own.
         """
         weights = self.core.weights("core.")
         if self.out_proj is not None:

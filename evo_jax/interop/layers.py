@@ -133,7 +133,7 @@ class SoftmaxTwin(TorchAttention):
         Raises:
             ValueError: shapes that do not fit, a token mask with other values than 0 and 1, past_key_value with
                 is_causal=False or segment_ids, or segment ids that int32 does not hold. TypeError: dtypes, or an
-                unknown argument.
+                unknown argument. NotImplementedError: a projection with a bias, hooks or a forward of its own.
         """
         tokens = shape_of(self, hidden_states)[1]
         past = None if past_key_value is None else self._past(past_key_value, hidden_states, segment_ids)
