@@ -73,7 +73,7 @@ def compile_for(fn: Callable[..., Any], args: Any, target: str = "h100") -> Repo
 
 def lower_placed(fn: Callable[..., Any], args: Any, target: str) -> jax.stages.Lowered:
     """Lower for one device of `target`, which the plugin then compiles for."""
-    mesh = _topology_mesh(target)
+    mesh = mesh_of(target)
     place = NamedSharding(mesh, PartitionSpec())
     placed = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=place), args)
     with jax.sharding.set_mesh(mesh), quiet_lowering(), tuned.override(capability=TARGETS[target].capability):
@@ -140,14 +140,16 @@ def _importable(module: str) -> bool:
         return False
 
 
-def _topology_mesh(target: str) -> Mesh:
+def mesh_of(target: str, devices: int = 1) -> Mesh:
+    """GPUs that are not there, as the axis "device" of a mesh."""
     allow_no_gpu()
+    shape = f"1x1x{devices}"
     try:
-        topology = topologies.get_topology_desc(platform="cuda", target_config=TARGETS[target].proto, topology="1x1x1")
+        topology = topologies.get_topology_desc(platform="cuda", target_config=TARGETS[target].proto, topology=shape)
     except NotImplementedError as error:
         advice = missing_wheels() or "set JAX_PLATFORMS=cpu before JAX starts its backends"
         raise RuntimeError(f"JAX's CUDA plugin is not available: {advice}") from error
-    return topologies.make_mesh(topology, (1,), ("device",))
+    return topologies.make_mesh(topology, (devices,), ("device",))
 
 
 def base_name(entry: str, names: set[str]) -> str | None:

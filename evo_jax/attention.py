@@ -11,10 +11,11 @@ import jax.numpy as jnp
 from evo_jax import attention_masks, autotune_first, shapes
 from evo_jax.backend import choose
 from evo_jax.require_cuda import require_cuda
+from evo_jax.sharding import by_shards
 from evo_jax.signatures import spelled_out
 from reference.blocked import attend_blocked
 from reference.dense import AttendInputs
-from reference.logits import AttendSpec
+from reference.logits import AttendSpec, dropout_seeds
 from reference.mask import FAR, Mask, Pattern
 
 DEFAULT_WINDOWS = (256, 512, 1024)
@@ -231,7 +232,8 @@ def _attend(
     rate, seed = _dropout(op, options)
     scale, soft_cap = shapes.scale(op, options.get("scale")), shapes.soft_cap(op, options.get("logits_soft_cap"))
     spec = AttendSpec(query.shape[3] ** -0.5 if scale is None else scale, soft_cap, rate)
-    inputs = AttendInputs(query, key, value, mask, bias, _sinks(op, query, options), seed)
+    seeds = None if seed is None else dropout_seeds(seed, query.shape[0], query.shape[2])
+    inputs = AttendInputs(query, key, value, mask, bias, _sinks(op, query, options), seeds)
     names = ("block_q", "block_k", "num_warps", "num_stages")
     launch = shapes.launch(op, **{name: options.get(name) for name in names})
     how = choose(op, options.get("implementation"), lambda: _refusal(inputs, spec), (query, key, value))
@@ -274,6 +276,17 @@ def _refusal(inputs: AttendInputs, spec: AttendSpec) -> str | None:
 @partial(jax.jit, static_argnums=(1, 2, 3, 4), inline=True)
 def _run(inputs: AttendInputs, spec: AttendSpec, how: str, launch: Any, op: str) -> tuple[jax.Array, jax.Array]:
     """(out, lse). Jitted, so that an eager call is one compiled program too."""
+    pattern = inputs.mask.pattern
+    h, k = ("h", "k") if len(pattern.windows) == 1 and not pattern.num_random else (".", ".")  # patterns count heads
+    mask = Mask(pattern, *("b" for _ in range(5)), keep=f"b{h}")
+    axes = AttendInputs(f"b.{h}", f"b.{k}", f"b.{k}", mask, f"b{h}", h, f"b{h}")
+    run = partial(_on_one_device, spec=spec, how=how, launch=launch, op=op)
+    return by_shards(op, run, (inputs,), (axes,), (f"b.{h}", f"b.{h}"))
+
+
+def _on_one_device(
+    inputs: AttendInputs, spec: AttendSpec, how: str, launch: Any, op: str
+) -> tuple[jax.Array, jax.Array]:
     if how == "reference":
         return attend_blocked(inputs, spec)
     from pallas_kernels import attend

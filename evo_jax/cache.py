@@ -9,7 +9,10 @@ import jax
 import jax.numpy as jnp
 
 from evo_jax import shapes
+from evo_jax.sharding import by_shards
 from reference.states import take_sequences
+
+AXES = ("b.k", "b.k", "b")  # of key, value and lengths, for by_shards
 
 
 class KVCache(NamedTuple):
@@ -67,6 +70,25 @@ def empty(kind: Any, sizes: tuple[int, int, int, int], dtype: Any) -> Any:
 
 def append(cache: KVCache, key: jax.Array, value: jax.Array, count: Any) -> KVCache:
     """With the first `count` (B,) of the new tokens (B, T, K, D), those for which there is room."""
+    return _with_tokens(_append, cache, key, value, count)
+
+
+def turn(cache: RingCache, key: jax.Array, value: jax.Array, count: Any) -> RingCache:
+    """With the first `count` (B,) of the new tokens (B, T, K, D) in place of the oldest ones."""
+    return _with_tokens(_turn, cache, key, value, count)
+
+
+def unrolled(cache: RingCache) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """(key, value, which of them exist (B, W)) of the last W tokens from old to new."""
+    return by_shards("RingCache", _unrolled, (cache,), (RingCache(*AXES),), AXES)
+
+
+def _with_tokens(update: Any, cache: Any, key: jax.Array, value: jax.Array, count: Any) -> Any:
+    op, own = type(cache).__name__, type(cache)(*AXES)
+    return by_shards(op, update, (cache, key, value, count), (own, *AXES), own)
+
+
+def _append(cache: KVCache, key: jax.Array, value: jax.Array, count: Any) -> KVCache:
     capacity, tokens = cache.key.shape[1], key.shape[1]
     number = jnp.arange(tokens, dtype=jnp.int32)
     slots = cache.lengths[:, None] + number
@@ -75,8 +97,7 @@ def append(cache: KVCache, key: jax.Array, value: jax.Array, count: Any) -> KVCa
     return KVCache(*_written(cache, key, value, jnp.where(fits, slots, capacity + number)), lengths)
 
 
-def turn(cache: RingCache, key: jax.Array, value: jax.Array, count: Any) -> RingCache:
-    """With the first `count` (B,) of the new tokens (B, T, K, D) in place of the oldest ones."""
+def _turn(cache: RingCache, key: jax.Array, value: jax.Array, count: Any) -> RingCache:
     slots, tokens = cache.key.shape[1], key.shape[1]
     number = jnp.arange(tokens, dtype=jnp.int32)
     last = (number < count[:, None]) & (number >= count[:, None] - slots)
@@ -84,8 +105,7 @@ def turn(cache: RingCache, key: jax.Array, value: jax.Array, count: Any) -> Ring
     return RingCache(*_written(cache, key, value, place), cache.lengths + count)
 
 
-def unrolled(cache: RingCache) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """(key, value, which of them exist (B, W)) of the last W tokens from old to new."""
+def _unrolled(cache: RingCache) -> tuple[jax.Array, jax.Array, jax.Array]:
     slots = cache.key.shape[1]
     number = jnp.arange(slots, dtype=jnp.int32)
     place = ((cache.lengths[:, None] + number) % slots)[:, :, None, None]

@@ -10,6 +10,7 @@ import numpy as np
 from evo_jax import attention, padding, shapes
 from evo_jax import cache as caches
 from evo_jax.cache import KVCache, MultiScaleCache, RingCache
+from evo_jax.sharding import alike
 
 Attend = Callable[..., jax.Array]
 
@@ -67,7 +68,7 @@ def attend(
     `mask` is a module's attention_mask: of the new tokens, or of pairs of them with the tokens of a KVCache.
     """
     op, (query, key, value) = layout.op, arrays
-    groups = _groups(layout, cache, query)
+    groups = [alike(op, (own, key), (type(own)(*caches.AXES), "b.k"))[0] for own in _groups(layout, cache, query)]
     valid, bad, pairs = _masks(op, mask, query, groups)
     options = options | pairs
     if bad is not None:  # what such a mask lets into the cache is not to be taken for tokens later
@@ -153,7 +154,7 @@ def _existing_first(
     """(the tokens in a new order, that order or None)."""
     batch, tokens = query.shape[:2]
     if valid is None:
-        count = jnp.full((batch,), tokens, jnp.int32)
+        _, count = alike("cache", (query, jnp.full((batch,), tokens, jnp.int32)), ("b.h", "b"))
         return _New(query, key, value, count, True, count), None
     order = jnp.argsort(jnp.logical_not(valid), axis=1, stable=True)
     query, key, value = (jnp.take_along_axis(x, order[:, :, None, None], axis=1) for x in (query, key, value))

@@ -11,6 +11,7 @@ import numpy as np
 from evo_jax import autotune_first, padding, shapes
 from evo_jax.backend import choose
 from evo_jax.require_cuda import require_cuda
+from evo_jax.sharding import by_shards
 from reference.evo import Carry, evo_chunked, evo_chunked_from
 from reference.evo_params import EvoParams, EvoSpec, EvoState
 
@@ -185,6 +186,14 @@ def _run(
     v: jax.Array, query: Any, params: EvoParams, rows: Any, carry: Carry | None, spec: EvoSpec, how: str, launch: Any
 ) -> tuple[jax.Array, Carry | None]:
     """(out, the carry after it or None). Jitted, so that an eager call is one compiled program too."""
+    run = partial(_on_one_device, spec=spec, how=how, launch=launch)
+    arrays, axes = (v, query, params, rows, carry), ("bh", "bh", "", "b", "bh")
+    return by_shards(_OP, run, arrays, axes, ("bh", "bh"))
+
+
+def _on_one_device(
+    v: jax.Array, query: Any, params: EvoParams, rows: Any, carry: Carry | None, spec: EvoSpec, how: str, launch: Any
+) -> tuple[jax.Array, Carry | None]:
     if how == "reference":
         if carry is not None:
             return evo_chunked_from(v, query, params, rows, spec, carry)

@@ -12,6 +12,7 @@ from jax import Array
 
 from evo_jax import sampling, shapes
 from evo_jax.sampling import Sampling
+from evo_jax.sharding import placed_as
 
 _OP = "generate"
 
@@ -176,7 +177,7 @@ def _run(step: Any, cache: Any, prompt: Array, lengths: Array | None, options: S
     if plan.stop_token is not None and plan.stop_token >= logits.shape[-1]:
         raise ValueError(f"{_OP}: stop_token={plan.stop_token} must be below the vocabulary, {logits.shape=}")
     token = sampling.next_tokens(logits, jnp.int32(0), options, plan.top_k)
-    tokens = jnp.zeros((prompt.shape[0], plan.max_new_tokens), jnp.int32).at[:, 0].set(token)
+    tokens = jnp.pad(token[:, None], [(0, 0), (0, plan.max_new_tokens - 1)])
     first = _Loop(jnp.int32(1), token, tokens, (token >= 0).astype(jnp.int32), cache)
 
     def goes_on(now: _Loop) -> Array:
@@ -215,7 +216,7 @@ def _prefill(step: Any, cache: Any, prompt: Array, lengths: Array | None, plan: 
         return _extend(step, *carry, tokens, lengths, start), None
 
     starts, rest = jnp.arange(0, length - length % chunk, chunk), length % chunk
-    carry = (last, cache)
+    carry = placed_as((last, cache), jax.eval_shape(lambda carry: whole(carry, starts[0])[0], (last, cache)))
     carry = jax.lax.scan(whole, carry, starts)[0] if len(starts) > 1 else whole(carry, starts[0])[0]
     return _extend(step, *carry, prompt[:, -rest:], lengths, jnp.int32(length - rest)) if rest else carry
 

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from evo_jax import autotune_first, padding, shapes
 from evo_jax.backend import choose
 from evo_jax.require_cuda import require_cuda
+from evo_jax.sharding import by_shards
 from reference.linear import LinearSpec, LinearState, linear_chunked
 
 _OP = "linear_attention"
@@ -112,11 +113,12 @@ def _rows(query: jax.Array, key: jax.Array, mask: Any, segment_ids: Any) -> tupl
         last = jax.lax.cummax(place, axis=1)[:, :-1]  # the last token that there was before each one
         before = jnp.take_along_axis(ids, jnp.maximum(last, 0), axis=1)
         changes = (ids[:, 1:] >= 0) & (last >= 0) & (ids[:, 1:] != before)
-        rows = rows.at[:, 1:].add(jnp.cumsum(changes, axis=1, dtype=jnp.int32))
+        changes = jnp.pad(changes, [(0, 0), (1, 0)])[:, :length]
+        rows = 1 + jnp.cumsum(changes, axis=1, dtype=jnp.int32)
         rows = jnp.where(ids < 0, -rows, rows)
     if mask is not None:
         valid, wrong = padding.valid(_OP, mask, batch, length)
-        rows, bad = jnp.where(valid, rows, -jnp.abs(rows)), None if wrong is None else wrong.any(axis=1)
+        rows, bad = jnp.where(valid, 1, -1) * jnp.abs(rows), None if wrong is None else wrong.any(axis=1)
     return rows, bad
 
 
@@ -160,6 +162,12 @@ def _refusal(query: Any, key: Any, value: Any, state: Any, rows: Any, spec: Line
 @partial(jax.jit, static_argnums=(5, 6, 7, 8), inline=True)
 def _run(query, key, value, state, rows, spec: LinearSpec, how: str, launch: Any, keep_state: bool) -> Any:
     """(out, last state or None). Jitted, so that an eager call is one compiled program too."""
+    run = partial(_on_one_device, spec=spec, how=how, launch=launch, keep_state=keep_state)
+    arrays, axes = (query, key, value, state, rows), ("b.h", "b.k", "b.k", "bk", "b")
+    return by_shards(_OP, run, arrays, axes, ("b.h", "bk"))
+
+
+def _on_one_device(query, key, value, state, rows, spec: LinearSpec, how: str, launch: Any, keep_state: bool) -> Any:
     if how == "reference":
         out, last = linear_chunked(query, key, value, state, rows, spec)
         return out, last if keep_state else None

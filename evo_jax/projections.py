@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from evo_jax import rotary, shapes
+from evo_jax.sharding import is_sharded, without_last
 from evo_jax.stream import Streams
 
 
@@ -45,8 +46,7 @@ class GroupedHeads(Streams):
         op = type(self).__name__
         x = shapes.hidden_states(op, "hidden_states", hidden_states, self.hidden_size)
         projections = (self.q_proj, self.num_heads), (self.k_proj, self.num_kv_heads), (self.v_proj, self.num_kv_heads)
-        # One axis of tokens: XLA on CPUs is slower where the gradient of a kernel sums over two.
-        flat = x.reshape(-1, self.hidden_size)
+        flat = _tokens(x, self.hidden_size)
         query, key, value = (
             project(flat).reshape(*x.shape[:2], heads, self.head_dim) for project, heads in projections
         )
@@ -55,8 +55,15 @@ class GroupedHeads(Streams):
 
     def merge(self, out: jax.Array) -> jax.Array:
         """The output projection of (B, L, N, D)."""
-        wide = self.num_heads * self.head_dim
-        return self.o_proj(out.reshape(-1, wide)).reshape(*out.shape[:2], self.hidden_size)
+        x = _tokens(out, self.num_heads * self.head_dim)
+        summed = without_last(x)  # heads on several devices
+        projected = self.o_proj(x) if summed is None else self.o_proj(x, out_sharding=summed)
+        return projected.reshape(*out.shape[:2], self.hidden_size)
+
+
+def _tokens(x: jax.Array, width: int) -> jax.Array:
+    """(B, L, ...) as (B L, width): XLA on CPUs is slower where the gradient of a kernel sums over two axes."""
+    return x.reshape(*x.shape[:2], width) if is_sharded(x) else x.reshape(-1, width)
 
 
 def _projection(inputs: int, outputs: int, dtype: Any, param_dtype: Any, rngs: nnx.Rngs) -> nnx.Linear:

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from evo_jax import shapes
+from evo_jax.sharding import alike
 
 NO_TOKEN = -1  # where the logits are no distribution
 
@@ -29,7 +30,8 @@ def next_tokens(logits: Array, step: Array, sampling: Sampling, top_k: int | Non
     if sampling.temperature is not None:
         warm = sampling.temperature > 0
         temperature = jnp.where(warm, sampling.temperature, jnp.ones_like(sampling.temperature))
-        keys = _row_keys(sampling.key, step, logits.shape[0])
+        _, rows = alike("generate", (logits, jnp.arange(logits.shape[0])), ("b", "b"))
+        keys = _row_keys(sampling.key, step, rows)
         drawn = jax.vmap(jax.random.categorical)(keys, scores(logits, temperature, top_k, sampling.top_p))
         chosen = jnp.where(warm, drawn, chosen)
     possible = ~jnp.isnan(logits).any(axis=-1) & (logits.max(axis=-1) > -jnp.inf)
@@ -64,8 +66,8 @@ def _least_of_nucleus(kept: Array, top_p: Array) -> Array:
     return jnp.where(inside, falling, jnp.inf).min(axis=-1, keepdims=True)
 
 
-def _row_keys(key: Array | None, step: Array, rows: int) -> Array:
+def _row_keys(key: Array | None, step: Array, rows: Array) -> Array:
     """One key for each row of the batch, so that no row's tokens depend on the others."""
     assert key is not None
     of_step = jax.random.fold_in(key, step)
-    return jax.vmap(lambda row: jax.random.fold_in(of_step, row))(jnp.arange(rows))
+    return jax.vmap(lambda row: jax.random.fold_in(of_step, row))(rows)

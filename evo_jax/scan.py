@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from evo_jax import autotune_first, shapes
 from evo_jax.backend import choose
 from evo_jax.require_cuda import require_cuda
+from evo_jax.sharding import by_shards
 from reference.prefix_scan import prefix_sum_chunked
 
 _OP = "prefix_sum"
@@ -78,6 +79,11 @@ def _refusal(x: jax.Array) -> str | None:
 def _run(x: jax.Array, axis: int, reverse: bool, exclusive: bool, accum_dtype: str, how: str) -> jax.Array:
     """Jitted, so that an eager call is one compiled program too."""
     options: Any = {"axis": axis, "reverse": reverse, "exclusive": exclusive, "accum_dtype": accum_dtype}
+    axes = "".join("." if n == axis else chr(ord("A") + n) for n in range(x.ndim))
+    return by_shards(_OP, partial(_on_one_device, how=how, options=options), (x,), (axes,), axes)
+
+
+def _on_one_device(x: jax.Array, how: str, options: Any) -> jax.Array:
     if how == "reference":
         return prefix_sum_chunked(x, **options)
     from pallas_kernels import prefix_scan

@@ -11,6 +11,7 @@ from flax import nnx
 from jax import lax
 
 from evo_jax import padding, shapes
+from evo_jax.sharding import placed_as
 
 
 class _OfConstructor:
@@ -117,8 +118,8 @@ def _run(graph: Any, size: int, implementation: str | None, state: Any, x: Any, 
         return nnx.merge(graph, state)(cut(x, 1), cache=cache, implementation=implementation, **own)
 
     full, rest = divmod(x.shape[1], size)
-    like = jax.eval_shape(lambda cache: call(0, min(size, x.shape[1]), cache), cache)[0]
-    out = jnp.zeros((*x.shape[:2], *like.shape[2:]), like.dtype)
+    like, after = jax.eval_shape(lambda cache: call(0, min(size, x.shape[1]), cache), cache)
+    out, cache = placed_as((jnp.zeros((*x.shape[:2], *like.shape[2:]), like.dtype), cache), (like, after))
 
     def step(state: Any, number: Any) -> tuple[Any, None]:
         cache, out = state

@@ -66,8 +66,8 @@ def attend(
     if 0 in (inputs.query.size, inputs.key.size, inputs.value.size):
         return attend_dense(inputs, spec)
     plan = Plan(spec, mode == "interpret", block_q, block_k, num_warps, num_stages)
-    query, key, value, mask, bias, sinks, seed = inputs
-    return _attend(query, key, value, bias, sinks, (mask, seed), Options(plan, mode))
+    query, key, value, mask, bias, sinks, seeds = inputs
+    return _attend(query, key, value, bias, sinks, (mask, seeds), Options(plan, mode))
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(6,))
@@ -80,8 +80,8 @@ def _attend(
 def _vjp_forward(
     query: Any, key: Any, value: Any, bias: Any, sinks: Any, fixed: tuple[Mask, Any], options: Options
 ) -> tuple[tuple[jax.Array, jax.Array], Residuals]:
-    mask, seed = fixed
-    inputs = AttendInputs(query, key, value, mask, bias, sinks, seed)
+    mask, seeds = fixed
+    inputs = AttendInputs(query, key, value, mask, bias, sinks, seeds)
     kernel = partial(decode.forward if decode.serves(inputs, options.plan) else forward, plan=options.plan)
     if options.mode == "platform":
         fallback = partial(_reference_forward, spec=options.plan.spec)
@@ -113,9 +113,9 @@ def _reference_forward(inputs: AttendInputs, spec: AttendSpec) -> tuple[jax.Arra
 
 def _reference_backward(saved: Residuals, cotangents: Any, spec: AttendSpec) -> Gradients:
     """The reference starts from the inputs again."""
-    query, key, value, mask, bias, sinks, seed = saved.inputs
+    query, key, value, mask, bias, sinks, seeds = saved.inputs
 
     def call(query: Any, key: Any, value: Any, bias: Any, sinks: Any) -> tuple[jax.Array, jax.Array]:
-        return attend_blocked(AttendInputs(query, key, value, mask, bias, sinks, seed), spec)
+        return attend_blocked(AttendInputs(query, key, value, mask, bias, sinks, seeds), spec)
 
     return Gradients(*jax.vjp(call, query, key, value, bias, sinks)[1](cotangents))

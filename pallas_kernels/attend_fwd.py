@@ -89,7 +89,7 @@ def tiling_of(inputs: AttendInputs, launch: AttendLaunch) -> Tiling:
 
 def refs_of(inputs: AttendInputs, visits: Visits) -> Refs:
     """What every kernel reads."""
-    mask, seed, scattered = inputs.mask, inputs.seed, visits.extras.shape[-1] > 0
+    mask, scattered = inputs.mask, visits.extras.shape[-1] > 0
     windows = mask.pattern.windows
     table = random_table(mask.pattern, inputs.key.shape[2], inputs.key.shape[1])
     given = {name: getattr(mask, name) for name in ("offset", "q_lengths", "kv_lengths", "q_segments", "kv_segments")}
@@ -105,7 +105,7 @@ def refs_of(inputs: AttendInputs, visits: Visits) -> Refs:
         keep=mask.keep,
         bias=inputs.bias,
         sinks=inputs.sinks,
-        seed=None if seed is None else seed.reshape(1),
+        seeds=inputs.seeds,
         **given,
     )
 

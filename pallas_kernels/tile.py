@@ -80,13 +80,13 @@ class Refs(NamedTuple):
     keep: Any = None
     bias: Any = None
     sinks: Any = None
-    seed: Any = None  # (1,)
+    seeds: Any = None  # (B, N), of dropout
 
 
 # How a program finds its part: "b" sequences, "h" heads, "w" columns (in parts), "." whole.
 _AXES = Refs(
     *("b.hw", "b.hw", "b.hw", "b.hw", "bh.", "bh."),
-    *("bh..", "bh..", "bh.", "h.", "h..", "b", "b", "b", "b.", "b.", "bh..", "bh..", "h", "."),
+    *("bh..", "bh..", "bh.", "h.", "h..", "b", "b", "b", "b.", "b.", "bh..", "bh..", "h", "bh"),
 )
 
 
@@ -133,12 +133,10 @@ def parts_of(width: int, widest: int) -> list[tuple[int, int]]:
 
 
 class Place(NamedTuple):
-    """Which of a program's heads and sequences it is at, and their numbers among all."""
+    """Which of a program's heads and sequences it is at."""
 
     b: Any
     h: Any
-    sequence: Any
-    head: Any
     share: tuple[int, int]
 
     def of(self, ref: Any, batch_axis: int | None, head_axis: int | None) -> tuple[Any, ...]:
@@ -153,19 +151,16 @@ def _shared(i: Any, count: int, length: int) -> Any:
 
 
 def first_place(task: Task) -> Place:
-    heads, batch = task.share
-    zero = jnp.int32(0)
-    return Place(zero, zero, plk.program_id(2) * batch, plk.program_id(1) * heads, task.share)
+    return Place(jnp.int32(0), jnp.int32(0), task.share)
 
 
 def over_places(step: Callable[[Place, Any], Any], init: Any, task: Task) -> Any:
     """Fold `step(place, state)` over the heads and sequences of this program, in their order."""
-    (heads, batch), first = task.share, first_place(task)
-    zero = jnp.int32(0)
+    (heads, batch), zero = task.share, jnp.int32(0)
 
     def at_sequence(b: Any, state: Any) -> Any:
         def at_head(h: Any, state: Any) -> Any:
-            return step(Place(b, h, first.sequence + b, first.head + h, task.share), state)
+            return step(Place(b, h, task.share), state)
 
         return at_head(zero, state) if heads == 1 else lax.fori_loop(zero, jnp.int32(heads), at_head, state)
 
@@ -428,6 +423,6 @@ def dropped(weights: jax.Array, refs: Refs, place: Place, i: Tokens, j: Tokens, 
     """The weights that dropout keeps, 0 for the others; not scaled up."""
     if not task.spec.dropout_rate:
         return weights
-    seed = plk.load_scalar(refs.seed)
-    keep = kept(task.spec.dropout_rate, seed, place.sequence, place.head, i.across, j.across)
+    seed = plk.load_one(refs.seeds, *place.of(refs.seeds, 0, 1))
+    keep = kept(task.spec.dropout_rate, seed, i.across, j.across)
     return jnp.where(keep, weights, 0.0)

@@ -29,7 +29,7 @@ def attend_blocked(
     width: int | None = None,
 ) -> tuple[Array, Array]:
     """As attend_dense. A tile is `block_q` queries, a slab `width` keys; keys are skipped by tiles of `block_k`."""
-    query, key, value, mask, bias, sinks, seed = inputs
+    query, key, value, mask, bias, sinks, seeds = inputs
     if 0 in query.shape or 0 in key.shape or 0 in value.shape:
         return attend_dense(inputs, spec)
     group = query.shape[2] // key.shape[2]
@@ -38,10 +38,11 @@ def attend_blocked(
         pattern = replace(mask.pattern, windows=(window,))
         sizes = (last - first, query.shape[1], key.shape[1])
         narrowed = replace(mask, pattern=pattern, keep=_heads(mask.keep, first, last))
-        plans = _plans(narrowed, spec, first, sizes, (block_q, block_k, width))
+        plans = _plans(narrowed, spec, sizes, (block_q, block_k, width))
         kv = slice(first // group, -(-last // group))
         arrays = Inputs(query[:, :, first:last], key[:, :, kv], value[:, :, kv], _heads(bias, first, last))
-        results.append(walk(plans, arrays, narrowed, seed))
+        own_seeds = None if seeds is None else seeds[:, first:last]
+        results.append(walk(plans, arrays, narrowed, own_seeds))
     out, lse = results[0]
     if len(results) > 1:
         out, lse = (jnp.concatenate(x, axis=2) for x in zip(*results, strict=True))
@@ -50,10 +51,10 @@ def attend_blocked(
     return out.astype(query.dtype), lse
 
 
-def _plans(mask: Mask, spec: AttendSpec, first_head: int, sizes: Any, given: Any) -> tuple[Plan, Plan]:
+def _plans(mask: Mask, spec: AttendSpec, sizes: Any, given: Any) -> tuple[Plan, Plan]:
     """For the forward and the backward pass. Measured: outside of loops XLA on CPUs runs small tiles side by side."""
     pattern, (heads, tokens, keys) = mask.pattern, sizes
-    looped = _looped(pattern, spec, first_head, sizes, given)
+    looped = _looped(pattern, spec, sizes, given)
     many = max(tokens, keys) > SHORT or (pattern.scattered and heads > 8)
     if any(given) or many or mask.offset is not None:
         return looped, looped
@@ -69,7 +70,7 @@ def _plans(mask: Mask, spec: AttendSpec, first_head: int, sizes: Any, given: Any
     return forward, replace(plan, block_q=min(half, tokens))
 
 
-def _looped(pattern: Pattern, spec: AttendSpec, first_head: int, sizes: Any, given: Any) -> Plan:
+def _looped(pattern: Pattern, spec: AttendSpec, sizes: Any, given: Any) -> Plan:
     """Measured: XLA on CPUs takes more threads than one for products from 256 x 64 x 512 or 512 x 64 x 256 on."""
     heads, tokens, keys = sizes
     size = pattern.block_size
@@ -78,12 +79,12 @@ def _looped(pattern: Pattern, spec: AttendSpec, first_head: int, sizes: Any, giv
     block_k = given[1] or min(max(16, min(size, 64)) if pattern.num_random else 64, keys)
     slab = _up(min(256 if block_q == 512 and tokens > 512 else 512, keys), block_k)
     if given[2] or not pattern.banded:
-        return Plan(spec, first_head, tokens, keys, block_q, block_k, given[2] or slab, True)
+        return Plan(spec, tokens, keys, block_q, block_k, given[2] or slab, True)
     tiling = Tiling(1, 1, 1, tokens, keys, block_q, block_k)
     bounds = key_visits(Mask(replace(pattern, num_global=0, num_random=0)), tiling).bounds
     extent = int(np.max(bounds[..., 3] - bounds[..., 0])) * block_k
     width = extent if 0 < extent <= WIDEST else slab
-    return Plan(spec, first_head, tokens, keys, block_q, block_k, width, width < extent)
+    return Plan(spec, tokens, keys, block_q, block_k, width, width < extent)
 
 
 def _near(pattern: Pattern) -> bool:

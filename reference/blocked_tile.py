@@ -23,7 +23,6 @@ class Plan:
     """Statics of a walk over tiles."""
 
     spec: AttendSpec
-    first_head: int  # of those at hand, among all
     tokens: int  # T, without padding
     keys: int  # S
     block_q: int
@@ -128,15 +127,14 @@ def scores(plan: Plan, mask: Mask, tile: Tile, blocks: Blocks, slab: Slab, key: 
     return bent, final.reshape(bent.shape)
 
 
-def dropped(plan: Plan, tile: Tile, slab: Slab, seed: Any, x: Array) -> Array:
+def dropped(plan: Plan, tile: Tile, slab: Slab, seeds: Any, x: Array) -> Array:
     """x (K, G Q, C) with dropout."""
     rate, heads, size = plan.spec.dropout_rate, len(x), plan.block_q
     if not rate:
         return x
     group = x.shape[1] // size
-    h = plan.first_head + jnp.arange(heads * group, dtype=jnp.int32).reshape(heads, group, 1, 1)
     i = tile.start + lax.broadcasted_iota(jnp.int32, (1, 1, size, 1), 2)
-    keep = kept(rate, seed, tile.b, h, i, slab.index)
+    keep = kept(rate, seeds[tile.b].reshape(heads, group, 1, 1), i, slab.index)
     return jnp.where(keep.reshape(x.shape), x / (1 - rate), 0)
 
 

@@ -40,21 +40,21 @@ class _Scene(NamedTuple):
     """What all tiles share."""
 
     mask: Mask  # `keep` padded as a bias is
-    seed: Any
+    seeds: Any
     blocks: Blocks
     visits: Visits
     table: Any  # of random blocks
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def walk(plans: tuple[Plan, Plan], inputs: Inputs, mask: Mask, seed: Any) -> tuple[Array, Array]:
+def walk(plans: tuple[Plan, Plan], inputs: Inputs, mask: Mask, seeds: Any) -> tuple[Array, Array]:
     """(out (B, T, N, V), lse (B, T, N)), float32 or float64; `mask` has one window. Plans: forward, backward."""
-    return _forward(plans, inputs, mask, seed)[0]
+    return _forward(plans, inputs, mask, seeds)[0]
 
 
-def _forward(plans: tuple[Plan, Plan], inputs: Inputs, mask: Mask, seed: Any) -> Any:
+def _forward(plans: tuple[Plan, Plan], inputs: Inputs, mask: Mask, seeds: Any) -> Any:
     plan = plans[0]
-    scene = _scene(plan, mask, seed, _blocks(plan, mask, inputs))
+    scene = _scene(plan, mask, seeds, _blocks(plan, mask, inputs))
     batch, padded, heads, _ = scene.blocks.query.shape
     kv_heads, width = scene.blocks.value.shape[2:]
     row, dtype = (kv_heads, heads // kv_heads * plan.block_q), scene.blocks.query.dtype
@@ -63,7 +63,7 @@ def _forward(plans: tuple[Plan, Plan], inputs: Inputs, mask: Mask, seed: Any) ->
         def visit(slab: Slab, state: SoftmaxState) -> SoftmaxState:
             key, value = (tiles.take(x, tile.b, slab) for x in (scene.blocks.key, scene.blocks.value))
             found = tiles.scores(plan, scene.mask, tile, scene.blocks, slab, key)[1]
-            dot = lambda weights: (_product(tiles.dropped(plan, tile, slab, seed, weights), value, "krc,kcv->krv"),)  # noqa: E731
+            dot = lambda weights: (_product(tiles.dropped(plan, tile, slab, seeds, weights), value, "krc,kcv->krv"),)  # noqa: E731
             return update(state, found, dot, exp2)
 
         start = SoftmaxState(jnp.full(row, -jnp.inf, dtype), jnp.zeros(row, dtype), (jnp.zeros((*row, width), dtype),))
@@ -78,14 +78,14 @@ def _forward(plans: tuple[Plan, Plan], inputs: Inputs, mask: Mask, seed: Any) ->
     if mask.q_lengths is not None:  # slabs free of a mask do not ask for it
         here = (jnp.arange(plan.tokens, dtype=jnp.int32) < mask.q_lengths[:, None])[:, :, None, None]
         out, lse = jnp.where(here, out, 0), jnp.where(here, lse, -jnp.inf)
-    return (out, lse[..., 0]), (inputs, mask, seed, out, lse)
+    return (out, lse[..., 0]), (inputs, mask, seeds, out, lse)
 
 
 def _backward(plans: tuple[Plan, Plan], residuals: Any, cotangents: Any) -> Any:
     plan = plans[1]
-    inputs, mask, seed, out, lse = residuals
+    inputs, mask, seeds, out, lse = residuals
     blocks, pull = jax.vjp(partial(_blocks, plan, mask), inputs)
-    scene, heads, base = _scene(plan, mask, seed, blocks), blocks.key.shape[2], tiles.base(plan, blocks)
+    scene, heads, base = _scene(plan, mask, seeds, blocks), blocks.key.shape[2], tiles.base(plan, blocks)
     # Not a sum of products, which takes XLA on CPUs ten times that.
     delta = _einsum("btnv,btnv->btn", cotangents[0], out)[..., None] - cotangents[1][..., None]
     # A row that sees nothing: an infinite lse makes all its weights 0.
@@ -105,7 +105,7 @@ def _backward(plans: tuple[Plan, Plan], residuals: Any, cotangents: Any) -> Any:
             d_query, grads = grads
             key, value = (tiles.take(x, tile.b, slab) for x in (blocks.key, blocks.value))
             bent, scores = tiles.scores(plan, scene.mask, tile, blocks, slab, key)
-            drop = partial(tiles.dropped, plan, tile, slab, seed)
+            drop = partial(tiles.dropped, plan, tile, slab, seeds)
             weights = exp2(scores - lse)
             d_scores = weights * (drop(_product(d_o, value, "krv,kcv->krc")) - delta)
             bias = grads.bias if grads.bias is None else tiles.add_bias(grads.bias, tile, slab, plan.block_q, d_scores)
@@ -198,7 +198,7 @@ def _repeat(count: Any, body: Callable[..., Any], state: Any) -> Any:
     )
 
 
-def _scene(plan: Plan, mask: Mask, seed: Any, blocks: Blocks) -> _Scene:
+def _scene(plan: Plan, mask: Mask, seeds: Any, blocks: Blocks) -> _Scene:
     batch, _, heads, _ = blocks.query.shape
     kv_heads = blocks.key.shape[2]
     tiling = Tiling(batch, heads, kv_heads, plan.tokens, plan.keys, plan.block_q, plan.block_k)
@@ -208,7 +208,7 @@ def _scene(plan: Plan, mask: Mask, seed: Any, blocks: Blocks) -> _Scene:
     visits = key_visits(Mask(visited.pattern) if plan.unrolled else visited, tiling)
     table = random_table(mask.pattern, kv_heads, plan.keys)
     keep = None if mask.keep is None else _padded_pairs(plan, mask.keep)
-    return _Scene(replace(mask, keep=keep), seed, blocks, visits, table)
+    return _Scene(replace(mask, keep=keep), seeds, blocks, visits, table)
 
 
 def _without_extras(pattern: Pattern) -> Pattern:

@@ -29,12 +29,12 @@ class AttendInputs(NamedTuple):
     mask: Mask
     bias: Any = None  # (B or 1, N or 1, T or 1, S or 1) float
     sinks: Any = None  # (N,) float: a score per head that takes part in the softmax and has no value
-    seed: Any = None  # uint32 scalar, where weights are dropped
+    seeds: Any = None  # (B, N) uint32 of logits.dropout_seeds, where weights are dropped
 
 
 def attend_dense(inputs: AttendInputs, spec: AttendSpec, dtype: Any = None) -> tuple[Array, Array]:
     """(out (B, T, N, V) in the query's dtype, lse (B, T, N) in float32, or float64), computed in `dtype` if given."""
-    query, key, value, mask, bias, sinks, seed = inputs
+    query, key, value, mask, bias, sinks, seeds = inputs
     wide = state_dtype(inputs)
     dtype, group = wide if dtype is None else dtype, query.shape[2] // key.shape[2]
     shape = (query.shape[0], query.shape[2], query.shape[1], key.shape[1])
@@ -49,8 +49,9 @@ def attend_dense(inputs: AttendInputs, spec: AttendSpec, dtype: Any = None) -> t
     sink = jnp.full((shape[1], 1), -jnp.inf, dtype) if sinks is None else sinks.astype(dtype)[:, None]
     weights, lse = _softmax(jnp.where(seen, scores, -jnp.inf), seen, sink)
     if spec.dropout_rate:
-        b, h, i, j = (lax.broadcasted_iota(jnp.int32, shape, axis) for axis in range(4))
-        weights = jnp.where(kept(spec.dropout_rate, seed, b, h, i, j), weights / (1 - spec.dropout_rate), 0)
+        i, j = (lax.broadcasted_iota(jnp.int32, shape, axis) for axis in (2, 3))
+        keep = kept(spec.dropout_rate, seeds[:, :, None, None], i, j)
+        weights = jnp.where(keep, weights / (1 - spec.dropout_rate), 0)
     alive = seen.any(-1).swapaxes(1, 2)
     out = jnp.where(alive[..., None], _einsum("bnts,bsnv->btnv", weights, v), 0)  # and no gradient from elsewhere
     lse = jnp.where(alive, lse.swapaxes(1, 2).astype(wide), -jnp.inf)

@@ -30,13 +30,19 @@ def cap_slope(scores: Array, spec: AttendSpec) -> Any:
     return 1.0 if spec.soft_cap is None else 1.0 - (scores / spec.soft_cap) ** 2
 
 
-def kept(rate: float, seed: Any, b: Any, h: Any, i: Any, j: Any) -> Array:
-    """Whether dropout keeps the weight of query i and key j of head h of sequence b: int32 that broadcast.
+def dropout_seeds(seed: Any, batch: int, heads: int) -> Array:
+    """(B, N) uint32, one for each head of each sequence, from a uint32 scalar."""
+    b, h = jnp.arange(batch, dtype=jnp.uint32)[:, None], jnp.arange(heads, dtype=jnp.uint32)
+    return mixed(mixed(seed + b) + h)
 
-    `seed` is uint32. One mixing per pair, the rest per row: every implementation draws the same, in any order.
+
+def kept(rate: float, seed: Any, i: Any, j: Any) -> Array:
+    """Whether dropout keeps the weight of query i and key j: int32 that broadcast, with `seed` of dropout_seeds.
+
+    One mixing per pair, the rest per row: every implementation draws the same, in any order.
     """
-    b, h, i, j = (jnp.asarray(x).astype(jnp.uint32) for x in (b, h, i, j))
-    row = mixed(mixed(mixed(seed + b) + h) + i)
+    i, j = (jnp.asarray(x).astype(jnp.uint32) for x in (i, j))
+    row = mixed(seed + i)
     draw = mixed(row ^ (j * np.uint32(0x9E3779B9)))
     # 24 bits, which float32 and int32 hold exactly
     return (draw >> np.uint32(8)).astype(jnp.int32) >= np.int32(round(rate * 2**24))

@@ -9,6 +9,7 @@ import numpy as np
 
 from reference.dense import AttendInputs, AttendSpec
 from reference.linear import LinearState
+from reference.logits import dropout_seeds
 from reference.mask import FAR, Mask, Pattern
 
 
@@ -241,6 +242,7 @@ class AttendCase:
         return "-".join(parts + [flag for flag in flags if getattr(self, flag)])
 
 
+DROPOUT_SEED = 11
 _LOCAL_AND_GLOBAL = ((10, 0), (10, 0), (40, 0), (FAR, FAR))
 
 ATTEND_CASES: tuple[AttendCase, ...] = (
@@ -348,7 +350,7 @@ def attend_inputs(case: AttendCase, seed: int = 0) -> tuple[AttendInputs, Attend
         bias = np.where(rng.random(bias.shape) < 0.1, np.asarray(-np.inf, bias.dtype), bias) if case.hiding else bias
     if case.sinks:
         sinks = draw(heads).astype(np.float32)
-    dropped = np.uint32(11) if case.dropout_rate else None
-    inputs = AttendInputs(query, key, value, attend_mask(case), bias, sinks, dropped)
+    seeds = dropout_seeds(np.uint32(DROPOUT_SEED), batch, heads) if case.dropout_rate else None
+    inputs = AttendInputs(query, key, value, attend_mask(case), bias, sinks, seeds)
     spec = AttendSpec(width**-0.5, case.soft_cap, case.dropout_rate)
     return jax.tree.map(jnp.asarray, inputs), spec, (jnp.asarray(d_out), jnp.asarray(d_lse))

@@ -9,9 +9,11 @@ from typing import Any
 import jax
 import pytest
 from flax import nnx
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 import evo_jax
-from benchmarks.compile_for import compile_for, missing_wheels
+from benchmarks.compile_for import compile_for, mesh_of, missing_wheels
 from benchmarks.ttir import ttir
 from benchmarks.ttir_audit import dot_precisions, unsafe
 from evo_jax import EvoParams
@@ -228,3 +230,21 @@ def test_a_stream_costs_the_memory_of_a_chunk(kind, options, megabytes):
 
     short, long = temporaries(8192), temporaries(131072)
     assert 0 < short <= megabytes * 1e6 and long <= 1.001 * short
+
+
+@pytest.mark.skipif(missing_wheels() is not None, reason=f"compiling for CUDA needs wheels: {missing_wheels()}")
+@pytest.mark.parametrize("place", [P("device"), P(None, None, "device")], ids=("sequences", "heads"))
+def test_each_of_two_gpus_computes_half(place):
+    """Kernels on what an Explicit axis divides: half an array on each device, and nothing exchanged."""
+    devices = mesh_of("h100", devices=2).devices
+    mesh = Mesh(devices, ("device",), axis_types=(AxisType.Explicit,))
+    x = jax.ShapeDtypeStruct((2, 256, 2, 64), "bfloat16", sharding=NamedSharding(mesh, place))
+    run = partial(evo_jax.flash_attention, implementation="triton")
+    gradients = lambda *arrays: jax.vjp(run, *arrays)[1](arrays[0])  # noqa: E731
+    with jax.set_mesh(mesh):
+        text = jax.jit(gradients).lower(x, x, x).compile().as_text()
+    half = "bf16[1,256,2,64]" if place == P("device") else "bf16[2,256,1,64]"
+    assert half in text and "bf16[2,256,2,64]" not in text
+    assert text.count('custom_call_target="__gpu$xla.gpu.triton"') == 3  # forward, d_query, d_key_value
+    exchanges = ("all-gather", "all-reduce", "all-to-all", "collective-permute", "reduce-scatter")
+    assert [word for word in exchanges if word in text] == []

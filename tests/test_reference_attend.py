@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from attend_checks import check_attend, compiled, visible, with_gradients
-from cases import ATTEND_CASES, AttendCase, attend_inputs
+from cases import ATTEND_CASES, DROPOUT_SEED, AttendCase, attend_inputs
 from checks import assert_close
 from numpy.testing import assert_array_equal
 
@@ -18,7 +18,7 @@ from reference.blocked import attend_blocked
 from reference.counter_hash import mixed
 from reference.dense import AttendInputs, AttendSpec, attend_dense
 from reference.exp2 import exp2
-from reference.logits import kept
+from reference.logits import dropout_seeds, kept
 from reference.mask import FAR, Mask, Pattern
 
 SMALL_TILES: Any = partial(attend_blocked, block_q=32, block_k=16, width=48)
@@ -64,7 +64,7 @@ def one_query_at_a_time(inputs: AttendInputs, spec: AttendSpec) -> tuple[np.ndar
         weights = np.exp(scores) / total
         if spec.dropout_rate:
             row = np.zeros(1, np.uint32)
-            for part in (int(inputs.seed) + b, n, i):
+            for part in (DROPOUT_SEED + b, n, i):
                 row = mixed(row + np.uint32(part))
             draw = mixed(row ^ (js.astype(np.uint64) * 0x9E3779B9 & 0xFFFFFFFF).astype(np.uint32))
             weights = np.where(draw / 2**32 >= spec.dropout_rate, weights / (1 - spec.dropout_rate), 0)
@@ -138,14 +138,17 @@ def test_blocked_does_not_look_at_keys_in_dead_tiles():
 
 
 def test_dropout_keeps_its_share_and_differs_by_all_that_it_is_drawn_by():
-    b, h, i, j = (jnp.arange(n, dtype=jnp.int32).reshape([-1 if axis == d else 1 for axis in range(4)])
-                  for d, n in enumerate((2, 3, 64, 64)))  # fmt: skip
-    drawn = np.asarray(kept(0.3, jnp.uint32(5), b, h, i, j))
+    i, j = jnp.arange(64, dtype=jnp.int32)[:, None], jnp.arange(64, dtype=jnp.int32)
+
+    def draw(rate, seed):
+        return np.asarray(kept(rate, dropout_seeds(jnp.uint32(seed), 2, 3)[:, :, None, None], i, j))
+
+    drawn = draw(0.3, 5)
     assert abs(drawn.mean() - 0.7) <= 4 * (0.21 / drawn.size) ** 0.5
-    others = [np.asarray(kept(0.3, jnp.uint32(6), b, h, i, j)), *(np.roll(drawn, 1, axis) for axis in range(4))]
+    others = [draw(0.3, 6), *(np.roll(drawn, 1, axis) for axis in range(4))]
     for other in others:
         assert abs((drawn == other).mean() - 0.58) <= 5 * (0.25 / drawn.size) ** 0.5
-    assert np.asarray(kept(0.0, jnp.uint32(5), b, h, i, j)).all()
+    assert draw(0.0, 5).all()
 
 
 @pytest.mark.parametrize("form", FORMS)
