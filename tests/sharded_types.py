@@ -236,7 +236,7 @@ def collectives(mesh: Any) -> list[str]:
     """What devices exchange in the forward and backward pass of flash attention: nothing."""
     with jax.set_mesh(mesh):
         arrays = [jax.device_put(x, NamedSharding(mesh, HEADS)) for x in (QUERY, KEY, VALUE)]
-        text = jax.jit(partial(gradients, evo_jax.flash_attention)).lower(*arrays).compile().as_text()
+        text = jax.jit(partial(gradients, evo_jax.flash_attention)).lower(*arrays).compile().as_text() or ""
     return [word for word in ("all-gather", "all-to-all", "collective-permute") if f"{word}(" in text]
 
 

@@ -242,7 +242,7 @@ def test_each_of_two_gpus_computes_half(place):
     run = partial(evo_jax.flash_attention, implementation="triton")
     gradients = lambda *arrays: jax.vjp(run, *arrays)[1](arrays[0])  # noqa: E731
     with jax.set_mesh(mesh):
-        text = jax.jit(gradients).lower(x, x, x).compile().as_text()
+        text = jax.jit(gradients).lower(x, x, x).compile().as_text() or ""
     half = "bf16[1,256,2,64]" if place == P("device") else "bf16[2,256,1,64]"
     assert half in text and "bf16[2,256,2,64]" not in text
     assert text.count('custom_call_target="__gpu$xla.gpu.triton"') == 3  # forward, d_query, d_key_value
