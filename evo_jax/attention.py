@@ -8,7 +8,7 @@ from typing import Any, TypedDict, Unpack
 import jax
 import jax.numpy as jnp
 
-from evo_jax import attention_masks, autotune_first, shapes
+from evo_jax import attention_masks, autotune_first, divided_tokens, shapes
 from evo_jax.backend import choose
 from evo_jax.require_cuda import require_cuda
 from evo_jax.sharding import by_shards
@@ -278,15 +278,17 @@ def _run(inputs: AttendInputs, spec: AttendSpec, how: str, launch: Any, op: str)
     """(out, lse). Jitted, so that an eager call is one compiled program too."""
     pattern = inputs.mask.pattern
     h, k = ("h", "k") if len(pattern.windows) == 1 and not pattern.num_random else (".", ".")  # patterns count heads
-    mask = Mask(pattern, *("b" for _ in range(5)), keep=f"b{h}")
-    axes = AttendInputs(f"b.{h}", f"b.{k}", f"b.{k}", mask, f"b{h}", h, f"b{h}")
+    mask = Mask(pattern, "b", "b", "b", "bt", "bs", f"b{h}ts")
+    axes = AttendInputs(f"bt{h}", f"bs{k}", f"bs{k}", mask, f"b{h}ts", h, f"b{h}")
     run = partial(_on_one_device, spec=spec, how=how, launch=launch, op=op)
-    return by_shards(op, run, (inputs,), (axes,), (f"b.{h}", f"b.{h}"))
+    return by_shards(op, run, (inputs,), (axes,), (f"bt{h}", f"bt{h}"))
 
 
 def _on_one_device(
-    inputs: AttendInputs, spec: AttendSpec, how: str, launch: Any, op: str
+    inputs: AttendInputs, over: Any, spec: AttendSpec, how: str, launch: Any, op: str
 ) -> tuple[jax.Array, jax.Array]:
+    if over is not None:
+        inputs = divided_tokens.queries_of(inputs, over)
     if how == "reference":
         return attend_blocked(inputs, spec)
     from pallas_kernels import attend

@@ -8,11 +8,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from evo_jax import autotune_first, padding, shapes
+from evo_jax import autotune_first, divided_tokens, padding, shapes
 from evo_jax.backend import choose
 from evo_jax.require_cuda import require_cuda
 from evo_jax.sharding import by_shards
 from reference.evo import Carry, evo_chunked, evo_chunked_from
+from reference.evo_chunk import no_carry
 from reference.evo_params import EvoParams, EvoSpec, EvoState
 
 _OP = "evo_attention"
@@ -187,13 +188,43 @@ def _run(
 ) -> tuple[jax.Array, Carry | None]:
     """(out, the carry after it or None). Jitted, so that an eager call is one compiled program too."""
     run = partial(_on_one_device, spec=spec, how=how, launch=launch)
-    arrays, axes = (v, query, params, rows, carry), ("bh", "bh", "", "b", "bh")
-    return by_shards(_OP, run, arrays, axes, ("bh", "bh"))
+    arrays, axes = (v, query, params, rows, carry), ("bht", "bht", "", "bht", "bh")
+    return by_shards(_OP, run, arrays, axes, ("bht", "bh"))
+
+
+def _on_several(
+    v: jax.Array, query: Any, params: EvoParams, rows: Any, carry: Carry | None, over: Any, run: Any
+) -> tuple[jax.Array, Carry | None]:
+    """Of part of the tokens: c of those before comes first, and only then, from the gates, S of those before."""
+    spec, (batch, _, tokens, _) = run.keywords["spec"], v.shape
+    if not spec.causal:
+        raise ValueError(f"{_OP}: tokens can be divided among devices only with causal=True")
+    if rows is None:
+        number = divided_tokens.first(over, tokens) + jnp.arange(1, tokens + 1, dtype=jnp.int32)
+        rows = jnp.broadcast_to(number.astype(jnp.float32), (batch, 1, tokens))
+    c, s = no_carry(v, spec) if carry is None else carry
+    live = jnp.where((rows < 0)[..., None], jnp.zeros((), v.dtype), v)
+    before, total = divided_tokens.sums(live.sum(2, dtype=c.dtype), over)
+    gated = run(v, query, params, rows, (c + before, jnp.zeros_like(s)), None)[1][1]
+    gated_before, gated_total = divided_tokens.sums(gated, over)
+    out, _ = run(v, query, params, rows, (c + before, s + gated_before), None)
+    return out, None if carry is None else (c + total, s + gated_total)
 
 
 def _on_one_device(
-    v: jax.Array, query: Any, params: EvoParams, rows: Any, carry: Carry | None, spec: EvoSpec, how: str, launch: Any
+    v: jax.Array,
+    query: Any,
+    params: EvoParams,
+    rows: Any,
+    carry: Carry | None,
+    over: Any,
+    spec: EvoSpec,
+    how: str,
+    launch: Any,
 ) -> tuple[jax.Array, Carry | None]:
+    if over is not None:
+        run = partial(_on_one_device, spec=spec, how=how, launch=launch)
+        return _on_several(v, query, params, rows, carry, over, run)
     if how == "reference":
         if carry is not None:
             return evo_chunked_from(v, query, params, rows, spec, carry)

@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from evo_jax import autotune_first, padding, shapes
+from evo_jax import autotune_first, divided_tokens, padding, shapes
 from evo_jax.backend import choose
 from evo_jax.require_cuda import require_cuda
 from evo_jax.sharding import by_shards
@@ -163,11 +163,19 @@ def _refusal(query: Any, key: Any, value: Any, state: Any, rows: Any, spec: Line
 def _run(query, key, value, state, rows, spec: LinearSpec, how: str, launch: Any, keep_state: bool) -> Any:
     """(out, last state or None). Jitted, so that an eager call is one compiled program too."""
     run = partial(_on_one_device, spec=spec, how=how, launch=launch, keep_state=keep_state)
-    arrays, axes = (query, key, value, state, rows), ("b.h", "b.k", "b.k", "bk", "b")
-    return by_shards(_OP, run, arrays, axes, ("b.h", "bk"))
+    arrays, axes = (query, key, value, state, rows), ("bth", "btk", "btk", "bk", "bt")
+    return by_shards(_OP, run, arrays, axes, ("bth", "bk"))
 
 
-def _on_one_device(query, key, value, state, rows, spec: LinearSpec, how: str, launch: Any, keep_state: bool) -> Any:
+def _on_one_device(
+    query, key, value, state, rows, over: Any, spec: LinearSpec, how: str, launch: Any, keep_state: bool
+) -> Any:
+    if over is not None:
+        if not spec.causal and rows is not None:
+            raise ValueError(f"{_OP}: tokens can be divided among devices with is_causal, or without mask and segments")
+        state, last = divided_tokens.linear_states(key, value, state, rows, spec, over)
+        out, _ = _on_one_device(query, key, value, state, rows, None, spec, how, launch, False)
+        return out, last if keep_state else None
     if how == "reference":
         out, last = linear_chunked(query, key, value, state, rows, spec)
         return out, last if keep_state else None

@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from evo_jax import autotune_first, shapes
+from evo_jax import autotune_first, divided_tokens, shapes
 from evo_jax.backend import choose
 from evo_jax.require_cuda import require_cuda
 from evo_jax.sharding import by_shards
@@ -79,11 +79,17 @@ def _refusal(x: jax.Array) -> str | None:
 def _run(x: jax.Array, axis: int, reverse: bool, exclusive: bool, accum_dtype: str, how: str) -> jax.Array:
     """Jitted, so that an eager call is one compiled program too."""
     options: Any = {"axis": axis, "reverse": reverse, "exclusive": exclusive, "accum_dtype": accum_dtype}
-    axes = "".join("." if n == axis else chr(ord("A") + n) for n in range(x.ndim))
+    axes = "".join("t" if n == axis else chr(ord("A") + n) for n in range(x.ndim))
     return by_shards(_OP, partial(_on_one_device, how=how, options=options), (x,), (axes,), axes)
 
 
-def _on_one_device(x: jax.Array, how: str, options: Any) -> jax.Array:
+def _on_one_device(x: jax.Array, over: Any, how: str, options: Any) -> jax.Array:
+    if over is not None:
+        wide = x.astype(options["accum_dtype"])
+        total = wide.sum(options["axis"], keepdims=True, dtype=wide.dtype)
+        before, _ = divided_tokens.sums(total, over, options["reverse"])
+        out = _on_one_device(wide, None, how, options) + before
+        return out.astype(jnp.int32 if x.dtype == bool else x.dtype)
     if how == "reference":
         return prefix_sum_chunked(x, **options)
     from pallas_kernels import prefix_scan

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
+from evo_jax.sharding import gathered
 from reference.evo_params import EvoParams
 from reference.linear_maps import FEATURE_MAPS
 
@@ -92,7 +93,7 @@ def segment_ids(op: str, ids: Any, batch: int, length: int) -> jax.Array:
         raise ValueError(f"{op}: segment_ids.shape={ids.shape} must be (B, L) = {(batch, length)}")
     if ids.size and known(ids) and not fits_int32(ids):
         within_int32(op, "segment_ids", int(ids.min()), int(ids.max()))
-    return jnp.asarray(ids)
+    return gathered(jnp.asarray(ids), 1)
 
 
 def within_int32(op: str, name: str, *numbers: int) -> None:
@@ -328,7 +329,7 @@ def token_mask(op: str, mask: Any, batch: int, length: int) -> jax.Array | np.nd
             "a valid token; a (B, 1, 1, L) or (B, L, 1) key mask: squeeze it to (B, L)"
             + ("; (B, H, L), one per head: multiply v by it instead" if op in _GATED else "")
         )
-    return mask.reshape(batch, length)
+    return gathered(mask.reshape(batch, length), 1)
 
 
 def additive(op: str, mask: Any) -> None:

@@ -20,19 +20,27 @@ def by_shards(op: str, run: Callable[..., Any], arrays: tuple[Any, ...], axes: t
 
     `axes` and `results` are prefixes, as pytrees, of `arrays` and of what `run` returns. Each of their strings names
     the first axes of an array: those of one letter are divided alike, "." and axes without a name are not. "k",
-    key/value heads, are divided as "h", query heads, unless there is but one.
+    key/value heads, are divided as "h", query heads, unless there is but one. "s" may be sharded, and is gathered.
+    Where an array has a "t", `run` is also told the mesh axes that those are divided over, or None, as `over`.
 
     Raises:
         ValueError: an array that is sharded along an axis that cannot be divided, or otherwise than another.
     """
     mesh, divided = _division(op, arrays, axes)
+    if any("t" in name for name in jax.tree.leaves(axes)):
+        run = partial(run, over=divided.get("t"))
     if mesh is None:
         return run(*arrays)
     explicit = [n for n, kind in zip(mesh.axis_names, mesh.axis_types, strict=True) if kind == AxisType.Explicit]
+    specs = _mapped(partial(_spec, divided), axes, arrays)
+
+    def on_each(*parts: Any) -> Any:
+        return run(*_mapped(_gathered, axes, specs, parts))
+
     return jax.shard_map(
-        run,
+        on_each,
         mesh=mesh,
-        in_specs=_mapped(partial(_spec, divided), axes, arrays),
+        in_specs=specs,
         out_specs=jax.tree.map(lambda name: P(*(divided.get(letter) for letter in name)), results),
         axis_names=set(explicit),
         check_vma=False,  # JAX cannot know what a kernel makes of what varies between devices
@@ -60,6 +68,14 @@ def placed_as(arrays: Any, types: Any) -> Any:
     return jax.tree.map(placed, arrays, types)
 
 
+def gathered(x: Any, axis: int) -> Any:
+    """`x` with all of `axis` on each device, as what runs along it needs."""
+    own = jax.typeof(x).sharding
+    if own.spec[axis] is None:
+        return x
+    return jax.reshard(x, NamedSharding(own.mesh, P(*(None if n == axis else e for n, e in enumerate(own.spec)))))
+
+
 def is_sharded(x: Any) -> bool:
     """Whether the type of `x` says that it is."""
     return any(_entries(x))
@@ -71,9 +87,16 @@ def without_last(x: Any) -> NamedSharding | None:
     return None if own.spec[-1] is None else NamedSharding(own.mesh, P(*own.spec[:-1], None))
 
 
-def _mapped(function: Callable[[str, Any], Any], axes: tuple[Any, ...], arrays: tuple[Any, ...]) -> tuple[Any, ...]:
+def _mapped(function: Callable[..., Any], axes: tuple[Any, ...], *arrays: tuple[Any, ...]) -> tuple[Any, ...]:
     """Of each array, with the string that names its axes."""
-    return jax.tree.map(lambda name, part: jax.tree.map(partial(function, name), part), axes, arrays)
+    return jax.tree.map(lambda name, *parts: jax.tree.map(partial(function, name), *parts), axes, *arrays)
+
+
+def _gathered(name: str, spec: P, x: jax.Array) -> jax.Array:
+    for axis, (letter, entry) in enumerate(zip(name, spec, strict=False)):
+        if letter == "s" and entry is not None:
+            x = jax.lax.all_gather(x, entry, axis=axis, tiled=True)
+    return x
 
 
 def _spec(divided: dict[str | None, Entry], name: str, x: Any) -> P:
@@ -90,6 +113,8 @@ def _division(op: str, arrays: tuple[Any, ...], axes: tuple[Any, ...]) -> tuple[
             if entry is None:
                 continue
             mesh = jax.typeof(x).sharding.mesh
+            if letter == "s":
+                continue
             if letter is not None and divided.setdefault(letter, entry) != entry:
                 raise ValueError(
                     f"{op}: arrays are sharded over the mesh axes {divided[letter]!r} and {entry!r} along axes that go "
@@ -106,6 +131,9 @@ def _division(op: str, arrays: tuple[Any, ...], axes: tuple[Any, ...]) -> tuple[
                 raise ValueError(
                     f"{op}: {size} of an array of shape {x.shape} cannot be divided among the mesh axes {entry!r}"
                 )
+    used = [axis for entry in divided.values() for axis in _names(entry)]
+    if len(set(used)) < len(used):
+        raise ValueError(f"{op}: one mesh axis divides more than one kind of axis: {divided}; jax.reshard some arrays")
     grouped = any(x.shape[name.index("k")] > 1 for name, x in leaves if "k" in name)
     return mesh, divided | ({"k": divided["h"]} if grouped and "h" in divided else {})
 
@@ -120,5 +148,9 @@ def _entries(x: Any) -> tuple[Entry, ...]:
     return tuple(jax.typeof(x).sharding.spec)
 
 
+def _names(entry: Entry) -> tuple[str, ...]:
+    return (entry,) if isinstance(entry, str) else tuple(entry)
+
+
 def _devices(mesh: Any, entry: Entry) -> int:
-    return prod(mesh.shape[axis] for axis in ((entry,) if isinstance(entry, str) else entry))
+    return prod(mesh.shape[axis] for axis in _names(entry))

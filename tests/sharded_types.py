@@ -26,6 +26,11 @@ HIDDEN = RNG.normal(size=(B, L, EMBED)).astype(np.float32)
 MASK = np.arange(L) < np.array([[24], [17], [9], [1]])
 QKV = [(x, HEADS) for x in (QUERY, KEY, VALUE)]
 BIAS, SINKS = RNG.normal(size=(1, N, L, L)).astype(np.float32), RNG.normal(size=N).astype(np.float32)
+STATE = [np.abs(RNG.normal(size=shape)).astype(np.float32) for shape in ((B, K, D, D), (B, K, D))]
+SUMS = [RNG.normal(size=(B, N, D)).astype(np.float32) for _ in range(2)]
+PARAMS = [
+    RNG.normal(size=(D,) * (1 + name.endswith("kernel"))).astype(np.float32) for name in evo_jax.EvoParams._fields
+]
 LENGTHS, IDS = MASK.sum(1).astype(np.int32), np.cumsum(RNG.random((B, L)) < 0.2, axis=1, dtype=np.int32)
 PROMPT, PROMPT_LENGTHS = RNG.integers(0, 37, size=(B, 9)).astype(np.int32), np.array([9, 4, 1, 7], np.int32)
 
@@ -62,6 +67,18 @@ def with_options(q: Any, k: Any, v: Any, bias: Any, sinks: Any, mask: Any, ids: 
     return out, jnp.where(mask[..., None], lse, 0)
 
 
+def from_state(q: Any, k: Any, v: Any, kv: Any, z: Any, ids: Any, mask: Any, **options: Any) -> Any:
+    options |= {"segment_ids": ids, "attention_mask": mask, "initial_state": evo_jax.LinearState(kv, z)}
+    return evo_jax.linear_attention(q, k, v, return_state=True, **options)
+
+
+def evo_from_state(v: Any, total: Any, gated: Any, mask: Any, *params: Any, **options: Any) -> Any:
+    before = evo_jax.EvoState(total, gated, jnp.full(B, 3, jnp.int32))
+    options |= {"attention_mask": mask, "initial_state": before, "return_state": True}
+    out, after = evo_jax.evo_attention(v, evo_jax.EvoParams(*params), **options)
+    return out, after.sum, after.gated_sum
+
+
 def further() -> Iterator[tuple[str, Callable[..., Any], list[tuple[Any, P]]]]:
     """The same of the references."""
     flash = evo_jax.flash_attention
@@ -72,31 +89,11 @@ def further() -> Iterator[tuple[str, Callable[..., Any], list[tuple[Any, P]]]]:
     keep = RNG.random((B, N, L, L)) < 0.8, P("data", "model")
     yield "lengths and pairs", narrow, [*QKV, (LENGTHS, P("data")), keep]
     yield "decoding", flash, [(QUERY[:, :1], HEADS), *QKV[1:]]
-
-    def linear(q: Any, k: Any, v: Any, kv: Any, z: Any, ids: Any) -> Any:
-        state = evo_jax.LinearState(kv, z)
-        return evo_jax.linear_attention(q, k, v, initial_state=state, segment_ids=ids, return_state=True)
-
-    state = [(np.abs(RNG.normal(size=shape)).astype(np.float32), P("data")) for shape in ((B, K, D, D), (B, K, D))]
-    yield "linear attention from a state", linear, [*QKV, *state, (IDS, P("data"))]
-
-    def evo(v: Any, total: Any, gated: Any, mask: Any, *params: Any) -> Any:
-        before = evo_jax.EvoState(total, gated, jnp.full(B, 3, jnp.int32))
-        out, after = evo_jax.evo_attention(
-            v, evo_jax.EvoParams(*params), initial_state=before, attention_mask=mask, return_state=True,
-            
-        )  # fmt: skip
-        return out, after.sum, after.gated_sum
-
+    each = [(x, P("data")) for x in (*STATE, IDS, MASK)]
+    yield "linear attention from a state", from_state, [*QKV, *each]
     both = P("data", "model")
-    sums = [(RNG.normal(size=(B, N, D)).astype(np.float32), both) for _ in range(2)]
-    arrays = [
-        (QUERY.swapaxes(1, 2), both),
-        *sums,
-        (MASK, P("data")),
-        *((np.asarray(x), P()) for x in evo_jax.init_evo_params(jax.random.key(0), D)),
-    ]
-    yield "EvoAttention from a state", evo, arrays
+    arrays = [*((x, both) for x in (QUERY.swapaxes(1, 2), *SUMS)), (MASK, P("data")), *((x, P()) for x in PARAMS)]
+    yield "EvoAttention from a state", evo_from_state, arrays
     ints = (QUERY[..., 0] * 9).astype(np.int32)
     yield "prefix sum of integers", partial(evo_jax.prefix_sum, axis=1), [(ints, HEADS)]
 
@@ -218,11 +215,12 @@ def refusals(mesh: Any) -> Iterator[tuple[str, str]]:
     """(name, what the error says) of arrays that cannot be divided."""
     put = lambda x, *spec: jax.device_put(x, NamedSharding(mesh, P(*spec)))  # noqa: E731
     cases: dict[str, tuple[Callable[..., Any], list[Any]]] = {
-        "tokens": (evo_jax.flash_attention, [put(x, None, "data") for x in (QUERY, KEY, VALUE)]),
+        "width": (evo_jax.flash_attention, [put(x, None, None, None, "data") for x in (QUERY, KEY, VALUE)]),
+        "twice": (evo_jax.flash_attention, [put(QUERY, None, "data"), put(KEY, "data"), put(VALUE, "data")]),
         "heads": (OPS["sparse_attention"][0], [put(x, "data", None, "model") for x in (QUERY, KEY, VALUE)]),
         "unlike": (evo_jax.flash_attention, [put(QUERY, "data"), put(KEY, "model"), put(VALUE, "model")]),
         "uneven": (evo_jax.flash_attention, [put(QUERY, None, None, ("data", "model")), KEY, VALUE]),
-        "scan": (partial(evo_jax.prefix_sum, axis=1), [put(QUERY, None, "model")]),
+        "not causal": (partial(evo_jax.evo_attention, causal=False), [put(QUERY, None, None, "model")]),
     }
     for name, (function, arrays) in cases.items():
         try:

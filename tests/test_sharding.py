@@ -23,10 +23,22 @@ def test_arrays_whose_types_say_that_they_are_sharded():
     wrong = {name: d for name, d in differences.items() if not d <= 1e-4}
     assert len(differences) == 46 and not wrong, wrong
     assert found["exchanged"] == []
-    assert refusals.keys() == {"tokens", "heads", "unlike", "uneven", "scan"}
-    for name in ("tokens", "heads", "scan"):
-        assert "cannot be divided among devices; jax.reshard it" in refusals[name], refusals
-    assert "go together" in refusals["unlike"] and "cannot be divided among the mesh axes" in refusals["uneven"]
+    said = {
+        "width": "cannot be divided among devices; jax.reshard it",
+        "heads": "cannot be divided among devices; jax.reshard it",
+        "twice": "one mesh axis divides more than one kind of axis",
+        "unlike": "along axes that go together",
+        "uneven": "cannot be divided among the mesh axes",
+        "not causal": "only with causal=True",
+    }
+    assert refusals.keys() == said.keys() and all(text in refusals[name] for name, text in said.items()), refusals
+
+
+def test_sequences_whose_tokens_are_divided():
+    """Operations and gradients, over one mesh axis and over two, kernels in the interpreter, and layers."""
+    differences = said_by("sharded_tokens.py")
+    wrong = {name: d for name, d in differences.items() if not d <= 1e-4}
+    assert len(differences) == 57 and not wrong, wrong
 
 
 def said_by(program: str) -> Any:
