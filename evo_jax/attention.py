@@ -232,12 +232,11 @@ def _attend(
     rate, seed = _dropout(op, options)
     scale, soft_cap = shapes.scale(op, options.get("scale")), shapes.soft_cap(op, options.get("logits_soft_cap"))
     spec = AttendSpec(query.shape[3] ** -0.5 if scale is None else scale, soft_cap, rate)
-    seeds = None if seed is None else dropout_seeds(seed, query.shape[0], query.shape[2])
-    inputs = AttendInputs(query, key, value, mask, bias, _sinks(op, query, options), seeds)
+    inputs = AttendInputs(query, key, value, mask, bias, _sinks(op, query, options))
     names = ("block_q", "block_k", "num_warps", "num_stages")
     launch = shapes.launch(op, **{name: options.get(name) for name in names})
     how = choose(op, options.get("implementation"), lambda: _refusal(inputs, spec), (query, key, value))
-    out, lse = _run(inputs, spec, how, launch, op)
+    out, lse = _run(inputs, seed, spec, how, launch, op)
     if bad is not None:
         out, lse = (
             jnp.where(bad.reshape(-1, *[1] * (x.ndim - 1)), jnp.asarray(jnp.nan, x.dtype), x) for x in (out, lse)
@@ -273,9 +272,13 @@ def _refusal(inputs: AttendInputs, spec: AttendSpec) -> str | None:
     return attend.refusal(inputs, spec)
 
 
-@partial(jax.jit, static_argnums=(1, 2, 3, 4), inline=True)
-def _run(inputs: AttendInputs, spec: AttendSpec, how: str, launch: Any, op: str) -> tuple[jax.Array, jax.Array]:
+@partial(jax.jit, static_argnums=(2, 3, 4, 5), inline=True)
+def _run(
+    inputs: AttendInputs, seed: Any, spec: AttendSpec, how: str, launch: Any, op: str
+) -> tuple[jax.Array, jax.Array]:
     """(out, lse). Jitted, so that an eager call is one compiled program too."""
+    if seed is not None:
+        inputs = inputs._replace(seeds=dropout_seeds(seed, inputs.query.shape[0], inputs.query.shape[2]))
     pattern = inputs.mask.pattern
     h, k = ("h", "k") if len(pattern.windows) == 1 and not pattern.num_random else (".", ".")  # patterns count heads
     mask = Mask(pattern, "b", "b", "b", "bt", "bs", f"b{h}ts")

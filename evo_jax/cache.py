@@ -90,7 +90,7 @@ def _with_tokens(update: Any, cache: Any, key: jax.Array, value: jax.Array, coun
 
 def _append(cache: KVCache, key: jax.Array, value: jax.Array, count: Any) -> KVCache:
     capacity, tokens = cache.key.shape[1], key.shape[1]
-    number = jnp.arange(tokens, dtype=jnp.int32)
+    number = jnp.arange(tokens, dtype=jnp.int32)[None]
     slots = cache.lengths[:, None] + number
     fits = (number < count[:, None]) & (slots < capacity)
     lengths = jnp.minimum(cache.lengths + count, capacity)
@@ -99,7 +99,7 @@ def _append(cache: KVCache, key: jax.Array, value: jax.Array, count: Any) -> KVC
 
 def _turn(cache: RingCache, key: jax.Array, value: jax.Array, count: Any) -> RingCache:
     slots, tokens = cache.key.shape[1], key.shape[1]
-    number = jnp.arange(tokens, dtype=jnp.int32)
+    number = jnp.arange(tokens, dtype=jnp.int32)[None]
     last = (number < count[:, None]) & (number >= count[:, None] - slots)
     place = jnp.where(last, (cache.lengths[:, None] + number) % slots, slots + number)
     return RingCache(*_written(cache, key, value, place), cache.lengths + count)
@@ -107,7 +107,7 @@ def _turn(cache: RingCache, key: jax.Array, value: jax.Array, count: Any) -> Rin
 
 def _unrolled(cache: RingCache) -> tuple[jax.Array, jax.Array, jax.Array]:
     slots = cache.key.shape[1]
-    number = jnp.arange(slots, dtype=jnp.int32)
+    number = jnp.arange(slots, dtype=jnp.int32)[None]
     place = ((cache.lengths[:, None] + number) % slots)[:, :, None, None]
     key, value = (jnp.take_along_axis(x, place, axis=1) for x in (cache.key, cache.value))
     return key, value, number >= slots - cache.lengths[:, None]

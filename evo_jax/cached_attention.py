@@ -186,7 +186,7 @@ def _over_all(function: Attend, new: _New, cache: KVCache, options: dict[str, An
     after = caches.append(cache, new.key.astype(cache.key.dtype), new.value.astype(cache.value.dtype), new.count)
     lengths = {"q_offset": cache.lengths, "key_value_seq_lengths": after.lengths, **_query_lengths(new)}
     out = function(new.query, after.key, after.value, **lengths, **options)
-    number = jnp.arange(new.query.shape[1], dtype=jnp.int32)
+    number = jnp.arange(new.query.shape[1], dtype=jnp.int32)[None]
     lost = (number < new.count[:, None]) & (cache.lengths[:, None] + number >= cache.key.shape[1])
     return jnp.where(lost[:, :, None, None], jnp.asarray(jnp.nan, out.dtype), out), after
 
@@ -202,7 +202,7 @@ def _over_ring(new: _New, cache: RingCache, options: dict[str, Any]) -> tuple[ja
             new.query, after.key, after.value, is_causal=False, **lengths, **options
         ), after
     old_key, old_value, there = caches.unrolled(cache)
-    exists = jnp.arange(tokens, dtype=jnp.int32) < new.count[:, None]
+    exists = jnp.arange(tokens, dtype=jnp.int32)[None] < new.count[:, None]
     segments = tuple(jnp.where(x, 0, -1) for x in (exists, jnp.concatenate([there, exists], axis=1)))
     out = attention.sliding_window_attention(
         new.query,

@@ -26,7 +26,7 @@ def sums(own: Any, over: Axes, reverse: bool = False) -> tuple[Any, Any]:
     gathered = jax.tree.map(lambda x: lax.all_gather(x, over), own)
 
     def before(x: jax.Array) -> jax.Array:
-        number, here = jnp.arange(len(x)), lax.axis_index(over)
+        number, here = jnp.arange(len(x), dtype=jnp.int32), lax.axis_index(over)
         earlier = number > here if reverse else number < here
         return jnp.where(earlier.reshape(-1, *[1] * (x.ndim - 1)), x, 0).sum(0, dtype=x.dtype)
 

@@ -203,8 +203,8 @@ def _on_several(
         number = divided_tokens.first(over, tokens) + jnp.arange(1, tokens + 1, dtype=jnp.int32)
         rows = jnp.broadcast_to(number.astype(jnp.float32), (batch, 1, tokens))
     c, s = no_carry(v, spec) if carry is None else carry
-    live = jnp.where((rows < 0)[..., None], jnp.zeros((), v.dtype), v)
-    before, total = divided_tokens.sums(live.sum(2, dtype=c.dtype), over)
+    counted = jnp.where((rows < 0)[..., None], jnp.zeros((), v.dtype), v) if spec.absent else v
+    before, total = divided_tokens.sums(counted.sum(2, dtype=c.dtype), over)
     gated = run(v, query, params, rows, (c + before, jnp.zeros_like(s)), None)[1][1]
     gated_before, gated_total = divided_tokens.sums(gated, over)
     out, _ = run(v, query, params, rows, (c + before, s + gated_before), None)

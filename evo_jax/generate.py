@@ -236,7 +236,7 @@ def _extend(
 
 
 def _exists(lengths: Array | None, start: Any, size: int) -> Array | None:
-    return None if lengths is None else start + jnp.arange(size) < lengths[:, None]
+    return None if lengths is None else start + jnp.arange(size)[None] < lengths[:, None]
 
 
 @jax.jit  # one trace for each shape, wherever in the loops it is called

@@ -163,8 +163,9 @@ def _refusal(query: Any, key: Any, value: Any, state: Any, rows: Any, spec: Line
 def _run(query, key, value, state, rows, spec: LinearSpec, how: str, launch: Any, keep_state: bool) -> Any:
     """(out, last state or None). Jitted, so that an eager call is one compiled program too."""
     run = partial(_on_one_device, spec=spec, how=how, launch=launch, keep_state=keep_state)
-    arrays, axes = (query, key, value, state, rows), ("bth", "btk", "btk", "bk", "bt")
-    return by_shards(_OP, run, arrays, axes, ("bth", "bk"))
+    q = "t" if spec.causal or rows is not None else "q"  # else queries and keys are divided each for itself
+    arrays, axes = (query, key, value, state, rows), (f"b{q}h", "btk", "btk", "bk", "bt")
+    return by_shards(_OP, run, arrays, axes, (f"b{q}h", "bk"))
 
 
 def _on_one_device(

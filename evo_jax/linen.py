@@ -31,8 +31,7 @@ def EvoAttention(embed_dim: int, num_heads: int, *, name: str | None = None, **o
 def LinearAttention(hidden_size: int, num_heads: int, *, name: str | None = None, **options: Any) -> nnx.bridge.ToLinen:
     """evo_jax.LinearAttention; `options` are its keyword arguments, without rngs.
 
-    A call gives (output, cache); the cache before the first token comes from `evo_jax.LinearAttention.init_cache`, or
-    is a LinearState of zeros.
+    A call gives (output, cache), and takes cache=, at first that of `init_cache` below.
 
     Raises:
         ValueError: sizes that do not divide, or an unknown feature map. TypeError: a dtype, or an unknown option.
@@ -80,6 +79,30 @@ def MultiScaleAttention(
 ) -> nnx.bridge.ToLinen:
     """evo_jax.MultiScaleAttention, as FlashAttention is."""
     return _twin(softmax_modules.MultiScaleAttention, hidden_size, num_heads, name, options)
+
+
+def init_cache(layer: nnx.bridge.ToLinen, batch_size: int, *args: Any, **options: Any) -> Any:
+    """The cache of a layer made here before the first token: what its nnx module's `init_cache` gives.
+
+    Args:
+        layer: of this module, bound or not; its parameters play no part.
+        batch_size: B; further arguments, as capacity and dtype, are those of the nnx module's `init_cache`.
+
+    Raises:
+        TypeError: `layer` is no such layer, and whatever the nnx module raises.
+
+    >>> import jax, jax.numpy as jnp
+    >>> from evo_jax.linen import SlidingWindowAttention, init_cache
+    >>> layer, x = SlidingWindowAttention(hidden_size=64, num_heads=4, window_size=8), jnp.ones((2, 10, 64))
+    >>> variables = layer.init(jax.random.key(0), x)
+    >>> out, cache = layer.apply(variables, x, cache=init_cache(layer, batch_size=2))
+    >>> out.shape, cache.key.shape
+    ((2, 10, 64), (2, 8, 4, 16))
+    """
+    if not isinstance(layer, nnx.bridge.ToLinen):
+        raise TypeError(f"init_cache: layer is a {type(layer).__name__} and must be one of evo_jax.linen")
+    module: Any = nnx.eval_shape(lambda: layer.nnx_class(*layer.args, **layer.kwargs, rngs=nnx.Rngs(0)))
+    return module.init_cache(batch_size, *args, **options)
 
 
 def _twin(

@@ -56,7 +56,7 @@ def valid_tokens(op: str, mask: Any, batch: int, length: int) -> jax.Array:
 
 def _positions(length: int, before: jax.Array) -> jax.Array:
     """(B, 1, L) float32 numbers of the tokens, counted from the start of the sequence."""
-    return (before[:, None, None] + jnp.arange(1, length + 1, dtype=jnp.int32)).astype(jnp.float32)
+    return (before[:, None, None] + jnp.arange(1, length + 1, dtype=jnp.int32)[None, None]).astype(jnp.float32)
 
 
 def _absent(valid: jax.Array, bad: jax.Array | None, causal: bool, before: jax.Array | None) -> jax.Array:

@@ -35,7 +35,8 @@ def rotary_embedding(positions: Any, head_dim: int, theta: float = 10000.0) -> t
     if not shapes.finite(op, "theta", theta) > 0:
         raise ValueError(f"{op}: {theta=} must be greater than 0")
     frequencies = np.float64(theta) ** (-np.arange(0, head_dim, 2) / head_dim)
-    angles = positions.astype(jnp.float32)[..., None] * frequencies.astype(np.float32)
+    frequencies = frequencies.astype(np.float32).reshape((1,) * positions.ndim + (-1,))
+    angles = positions.astype(jnp.float32)[..., None] * frequencies
     angles = jnp.concatenate([angles, angles], axis=-1)
     return jnp.cos(angles), jnp.sin(angles)
 

@@ -28,9 +28,10 @@ def by_shards(op: str, run: Callable[..., Any], arrays: tuple[Any, ...], axes: t
     """
     mesh, divided = _division(op, arrays, axes)
     if any("t" in name for name in jax.tree.leaves(axes)):
-        run = partial(run, over=divided.get("t"))
+        over = divided.get("t")
+        run = partial(run, over=None if over is None or _devices(mesh, over) == 1 else over)
     if mesh is None:
-        return run(*arrays)
+        return run(*_in_context(arrays))
     explicit = [n for n, kind in zip(mesh.axis_names, mesh.axis_types, strict=True) if kind == AxisType.Explicit]
     specs = _mapped(partial(_spec, divided), axes, arrays)
 
@@ -56,6 +57,22 @@ def alike(op: str, arrays: tuple[Any, ...], axes: tuple[Any, ...]) -> tuple[Any,
         return x if mesh is None or _entries(x) == tuple(spec) else jax.reshard(x, NamedSharding(mesh, spec))
 
     return _mapped(placed, axes, arrays)
+
+
+def _context() -> Any:
+    """The mesh of the context where it has Explicit axes (jax.vmap leaves out what divides its own), else None."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return mesh if AxisType.Explicit in mesh.axis_types else None
+
+
+def _in_context(arrays: Any) -> Any:
+    """What is on no mesh, on that of the context: what is made there is."""
+    mesh = _context()
+
+    def placed(x: Any) -> Any:
+        return x if mesh is None or not jax.typeof(x).sharding.mesh.empty else jax.reshard(x, NamedSharding(mesh, P()))
+
+    return jax.tree.map(placed, arrays)
 
 
 def placed_as(arrays: Any, types: Any) -> Any:
@@ -94,7 +111,7 @@ def _mapped(function: Callable[..., Any], axes: tuple[Any, ...], *arrays: tuple[
 
 def _gathered(name: str, spec: P, x: jax.Array) -> jax.Array:
     for axis, (letter, entry) in enumerate(zip(name, spec, strict=False)):
-        if letter == "s" and entry is not None:
+        if letter == "s" and entry is not None and x.shape[axis]:
             x = jax.lax.all_gather(x, entry, axis=axis, tiled=True)
     return x
 
@@ -112,7 +129,7 @@ def _division(op: str, arrays: tuple[Any, ...], axes: tuple[Any, ...]) -> tuple[
         for axis, (letter, entry) in enumerate(zip(_letters(name, x.shape), _entries(x), strict=True)):
             if entry is None:
                 continue
-            mesh = jax.typeof(x).sharding.mesh
+            mesh = _context() or jax.typeof(x).sharding.mesh
             if letter == "s":
                 continue
             if letter is not None and divided.setdefault(letter, entry) != entry:
@@ -120,20 +137,23 @@ def _division(op: str, arrays: tuple[Any, ...], axes: tuple[Any, ...]) -> tuple[
                     f"{op}: arrays are sharded over the mesh axes {divided[letter]!r} and {entry!r} along axes that go "
                     f"together (axis {axis} of an array of shape {x.shape}); jax.reshard one of them"
                 )
-            if letter is None and _devices(mesh, entry) > 1:
+            if letter is None and x.shape[axis] and _devices(mesh, entry) > 1:
                 raise ValueError(
                     f"{op}: an array of shape {x.shape} is sharded over the mesh axes {entry!r} along axis {axis}, "
                     "which cannot be divided among devices; jax.reshard it"
                 )
     for name, x in leaves:
+        used = [axis for entry in _spec(divided, name, x) if entry is not None for axis in _names(entry)]
+        if len(set(used)) < len(used):
+            raise ValueError(
+                f"{op}: other arrays want an array of shape {x.shape} sharded as {_spec(divided, name, x)}, over one "
+                "mesh axis twice; jax.reshard some of them"
+            )
         for letter, size in zip(_letters(name, x.shape), x.shape, strict=True):
             if (entry := divided.get(letter)) is not None and size % _devices(mesh, entry):
                 raise ValueError(
                     f"{op}: {size} of an array of shape {x.shape} cannot be divided among the mesh axes {entry!r}"
                 )
-    used = [axis for entry in divided.values() for axis in _names(entry)]
-    if len(set(used)) < len(used):
-        raise ValueError(f"{op}: one mesh axis divides more than one kind of axis: {divided}; jax.reshard some arrays")
     grouped = any(x.shape[name.index("k")] > 1 for name, x in leaves if "k" in name)
     return mesh, divided | ({"k": divided["h"]} if grouped and "h" in divided else {})
 
@@ -141,7 +161,7 @@ def _division(op: str, arrays: tuple[Any, ...], axes: tuple[Any, ...]) -> tuple[
 def _letters(name: str, shape: tuple[int, ...]) -> list[str | None]:
     """What divides each axis; None for nothing."""
     letters = name.ljust(len(shape), ".")
-    return [None if x == "." or n == 1 else "h" if x == "k" else x for x, n in zip(letters, shape, strict=True)]
+    return [None if x == "." or n <= 1 else "h" if x == "k" else x for x, n in zip(letters, shape, strict=True)]
 
 
 def _entries(x: Any) -> tuple[Entry, ...]:

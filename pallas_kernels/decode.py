@@ -136,6 +136,6 @@ def _merged(outs: Refs, inputs: AttendInputs, splits: int) -> tuple[jax.Array, j
     shape, rows = (batch, heads // group, splits, queries, group), (batch, splits, queries, heads)
     top, total = (x.reshape(shape).transpose(0, 2, 3, 1, 4).reshape(rows) for x in (outs.lse, outs.delta))
     acc = outs.out.reshape(batch, splits, queries, group, heads // group, width).swapaxes(3, 4).reshape(*rows, width)
-    sinks = None if inputs.sinks is None else inputs.sinks.astype(jnp.float32) * LOG2_E
+    sinks = None if inputs.sinks is None else inputs.sinks.astype(jnp.float32)[None, None] * LOG2_E
     (out,), lse = finish(merge(SoftmaxState(top, total, (acc,)), 1), sinks)
     return out.astype(inputs.query.dtype), lse.transpose(0, 2, 1)

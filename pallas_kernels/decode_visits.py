@@ -25,14 +25,14 @@ def seek(mask: Mask, tiling: Tiling) -> Visits:
     """As reference.visit.key_visits, of the one tile of queries: extras (B, K, 1, E) and counts (B, K, 1)."""
     plain = replace(mask.pattern, num_global=0, num_random=0)
     bounds = key_visits(replace(mask, pattern=plain), tiling).bounds  # of the band, (B, 1, 1, 4)
-    tile = jnp.arange(tiling.k_tiles, dtype=jnp.int32)
+    tile = jnp.arange(tiling.k_tiles, dtype=jnp.int32)[None, None]
     end = mask.offset[:, None, None] + tiling.queries  # of the positions
     outside = (tile < bounds[..., 0, :1]) | (tile >= bounds[..., 0, 3:])
     live = (tile * tiling.block_k < mask.pattern.num_global) | _random(mask, tiling, tile)
     live = live & outside & (tile * tiling.block_k < end)
     rank = jnp.cumsum(live, axis=2, dtype=jnp.int32)
-    number = jnp.arange(min(most_far(mask.pattern, tiling), tiling.k_tiles), dtype=jnp.int32)
-    extras = (rank[:, :, None] <= number[:, None]).sum(3, dtype=jnp.int32)  # where the rank is reached
+    number = jnp.arange(min(most_far(mask.pattern, tiling), tiling.k_tiles), dtype=jnp.int32)[None, None, :, None]
+    extras = (rank[:, :, None] <= number).sum(3, dtype=jnp.int32)  # where the rank is reached
     return Visits(bounds, jnp.minimum(extras, tiling.k_tiles - 1)[:, :, None], rank[:, :, -1:])
 
 
@@ -42,15 +42,14 @@ def _blocks(pattern: Pattern, tiling: Tiling) -> int:
 
 
 def _random(mask: Mask, tiling: Tiling, tile: jax.Array) -> jax.Array:
-    """(B, K, tiles): whether a tile holds keys of a random block of these queries."""
+    """(B, K, tiles), for `tile` (1, 1, tiles): whether a tile holds keys of a random block of these queries."""
     pattern, size = mask.pattern, mask.pattern.block_size
     table = random_table(pattern, tiling.kv_heads, tiling.keys)
     if table is None:
         return jnp.zeros((1, 1, 1), bool)
     first, last = mask.offset, mask.offset + tiling.queries - 1
-    block = lax.div(jnp.maximum(first, 0), jnp.int32(size))[:, None] + jnp.arange(
-        _blocks(pattern, tiling), dtype=jnp.int32
-    )
+    number = jnp.arange(_blocks(pattern, tiling), dtype=jnp.int32)[None]
+    block = lax.div(jnp.maximum(first, 0), jnp.int32(size))[:, None] + number
     known = (block * size <= last[:, None]) & (block < table.shape[1])
     drawn = jnp.asarray(table)[:, jnp.minimum(block, table.shape[1] - 1)]  # (K, B, blocks, R)
     drawn = jnp.where(known[None, :, :, None], drawn, -1).swapaxes(0, 1).reshape(tiling.batch, tiling.kv_heads, -1, 1)
@@ -58,4 +57,4 @@ def _random(mask: Mask, tiling: Tiling, tile: jax.Array) -> jax.Array:
         lax.div(drawn * size, jnp.int32(tiling.block_k)),
         lax.div((drawn + 1) * size - 1, jnp.int32(tiling.block_k)),
     )
-    return ((drawn >= 0) & (low <= tile) & (tile <= high)).any(2)
+    return ((drawn >= 0) & (low <= tile[None]) & (tile[None] <= high)).any(2)

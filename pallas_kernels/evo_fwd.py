@@ -87,7 +87,7 @@ def totals_to_tables(context: jax.Array, rows: Any, params: EvoParams, geo: Geom
         count = jnp.repeat(jnp.abs(rows[:, :1]), context.shape[0] // rows.shape[0], axis=0)[:, :, None]
     mean = (context / count.astype(context.dtype)).astype(jnp.float32)
     kernel, bias = params.gate_kernel.astype(jnp.float32), params.gate_bias.astype(jnp.float32)
-    gate = jax.nn.sigmoid(jnp.matmul(mean, kernel, precision="highest") + bias)
+    gate = jax.nn.sigmoid(jnp.matmul(mean, kernel, precision="highest") + bias[None, None])
     return Tables(context, gate.astype(context.dtype) * context)
 
 

@@ -84,7 +84,7 @@ def neighbours(plan: Plan, begin: Any, end: Any, padded: int) -> Slab:
 
 def scattered(plan: Plan, numbers: Array, live: Array) -> Slab:
     """The keys of the tiles `numbers` (K or 1, E) that are `live`."""
-    j = numbers[:, :, None] * plan.block_k + jnp.arange(plan.block_k, dtype=jnp.int32)
+    j = numbers[:, :, None] * plan.block_k + jnp.arange(plan.block_k, dtype=jnp.int32)[None, None]
     here = live[:, :, None] & (j < plan.keys)
     shape = (len(numbers), 1, 1, -1)
     return Slab(None, numbers, j.reshape(shape), here.reshape(shape))
@@ -103,7 +103,7 @@ def add(x: Array, b: Any, slab: Slab, update: Array) -> Array:
     """x (B, K, width, S') with `update` (K, width, C) added to the slab's keys."""
     if slab.numbers is None:
         start = corner(b, 0, 0, slab.start)
-        return lax.dynamic_update_slice(x, lax.dynamic_slice(x, start, (1, *update.shape)) + update, start)
+        return lax.dynamic_update_slice(x, lax.dynamic_slice(x, start, (1, *update.shape)) + update[None], start)
     heads, count = update.shape[0], slab.numbers.shape[1]
     tiled = x.reshape(*x.shape[:3], -1, update.shape[2] // count)
     numbers, kv_head = jnp.broadcast_to(slab.numbers, (heads, count)), jnp.arange(heads, dtype=jnp.int32)[:, None]

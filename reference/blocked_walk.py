@@ -76,7 +76,7 @@ def _forward(plans: tuple[Plan, Plan], inputs: Inputs, mask: Mask, seeds: Any) -
     results = tuple(jnp.zeros((batch, padded, heads, n), dtype) for n in (width, 1))
     out, lse = (x[:, : plan.tokens] for x in _for_each_tile(plan, scene, body, results))
     if mask.q_lengths is not None:  # slabs free of a mask do not ask for it
-        here = (jnp.arange(plan.tokens, dtype=jnp.int32) < mask.q_lengths[:, None])[:, :, None, None]
+        here = (jnp.arange(plan.tokens, dtype=jnp.int32)[None] < mask.q_lengths[:, None])[:, :, None, None]
         out, lse = jnp.where(here, out, 0), jnp.where(here, lse, -jnp.inf)
     return (out, lse[..., 0]), (inputs, mask, seeds, out, lse)
 
@@ -185,7 +185,7 @@ def _for_each_slab(plan: Plan, scene: _Scene, b: Any, number: Any, visit: Callab
 
     def far(n: Any, state: Any) -> Any:
         numbers = lax.dynamic_slice_in_dim(extras[:, number], n * at_once, at_once, 1)
-        live = n * at_once + jnp.arange(at_once, dtype=jnp.int32) < counts[:, None]
+        live = n * at_once + jnp.arange(at_once, dtype=jnp.int32)[None] < counts[:, None]
         return visit(tiles.scattered(plan, numbers, live), state)
 
     return _repeat(lax.div(counts.max() + np.int32(at_once - 1), np.int32(at_once)), far, state)
@@ -232,7 +232,7 @@ def _blocks(plan: Plan, mask: Mask, inputs: Inputs) -> Blocks:
 def _existing(x: Array, lengths: Any, segments: Any) -> Array:
     """x (B, L, heads, width) with zeros in tokens that do not exist."""
     if lengths is not None:
-        here = jnp.arange(x.shape[1], dtype=jnp.int32) < lengths[:, None]
+        here = jnp.arange(x.shape[1], dtype=jnp.int32)[None] < lengths[:, None]
         x = jnp.where(here[:, :, None, None], x, 0)
     return x if segments is None else jnp.where((segments >= 0)[:, :, None, None], x, 0)
 

@@ -46,7 +46,7 @@ def attend_dense(inputs: AttendInputs, spec: AttendSpec, dtype: Any = None) -> t
     if bias is not None:
         seen = seen & (bias != -jnp.inf)
         scores = scores + jnp.where(seen, bias.astype(dtype), 0)
-    sink = jnp.full((shape[1], 1), -jnp.inf, dtype) if sinks is None else sinks.astype(dtype)[:, None]
+    sink = jnp.full((1, shape[1], 1), -jnp.inf, dtype) if sinks is None else sinks.astype(dtype)[None, :, None]
     weights, lse = _softmax(jnp.where(seen, scores, -jnp.inf), seen, sink)
     if spec.dropout_rate:
         i, j = (lax.broadcasted_iota(jnp.int32, shape, axis) for axis in (2, 3))
@@ -80,7 +80,7 @@ def _existing(x: Array, lengths: Any, segments: Any) -> Array:
     """x (B, L, heads, width) with zeros in tokens that do not exist."""
     live = jnp.ones(x.shape[:2], bool)
     if lengths is not None:
-        live = live & (jnp.arange(x.shape[1], dtype=jnp.int32) < lengths[:, None])
+        live = live & (jnp.arange(x.shape[1], dtype=jnp.int32)[None] < lengths[:, None])
     if segments is not None:
         live = live & (segments >= 0)
     return jnp.where(live[:, :, None, None], x, 0)

@@ -39,12 +39,12 @@ def evo_dense_from(
     if v.size == 0:
         return v, carry
     result_dtype, (dtype, accum) = v.dtype, dtypes(v, spec)
-    p = EvoParams(*(a.astype(dtype) for a in params))
-    lin = partial(jnp.matmul, precision=lax.Precision.HIGHEST)
+    p, rows = _constants(v, params, rows, spec)
+    lin = partial(jnp.einsum, "bhli,ij->bhlj", precision=lax.Precision.HIGHEST)
     v = v.astype(dtype)
     q = v if query is None else query.astype(dtype)
-    count = jnp.arange(1, v.shape[2] + 1, dtype=accum)[:, None]
-    live = jnp.ones((v.shape[2], 1), bool)
+    count = jnp.arange(1, v.shape[2] + 1, dtype=accum)[None, None, :, None]
+    live = jnp.ones((1, 1, v.shape[2], 1), bool)
     if rows is not None:
         count, live = jnp.abs(rows).astype(accum)[..., None], jnp.logical_not(rows < 0)[..., None]
     if spec.absent:
@@ -96,10 +96,10 @@ def evo_chunked_from(
 
 
 def _constants(v: Array, params: EvoParams, rows: Array | None, spec: EvoSpec) -> tuple[EvoParams, Array | None]:
-    """What every chunk shares: params in the dtype of the maths, and rows without a gradient."""
+    """What chunks share: params in the dtype of the maths, vectors as (1, 1, 1, D), and rows without a gradient."""
     dtype, _ = dtypes(v, spec)
     rows = None if rows is None else lax.stop_gradient(rows)
-    return EvoParams(*(a.astype(dtype) for a in params)), rows
+    return EvoParams(*(a.astype(dtype) if a.ndim == 2 else a.astype(dtype)[None, None, None] for a in params)), rows
 
 
 def chunk_length(shape: tuple[int, ...]) -> int:

@@ -119,7 +119,7 @@ def totals(v: Array, p: EvoParams, rows: Array | None, spec: EvoSpec) -> tuple[A
 def _causal(spec, p: EvoParams, carry: Carry, xs, rows, start) -> _Causal:
     v, q, live = _live(xs[0], xs[1], rows, spec)
     dtype, accum = dtypes(v, spec)
-    count = _count(start + 1 + jnp.arange(v.shape[2]) if rows is None else rows, accum)
+    count = _count((start + 1 + jnp.arange(v.shape[2]))[None, None] if rows is None else rows, accum)
     c = carry[0][:, :, None] + prefix_sum_chunked(v.astype(accum), axis=2)
     mean = (c / count).astype(dtype)
     g = _sequence_gate(mean, p)
@@ -161,7 +161,7 @@ def _local_and_q(v: Array, q: Array | None, p: EvoParams) -> tuple[Array, Array]
     """lin_local(v) and lin_q(q), as one product where q is v (None)."""
     if q is not None:
         return _dot(v, p.local_kernel) + p.local_bias, _dot(q, p.q_kernel) + p.q_bias
-    bias = jnp.concatenate([p.local_bias, p.q_bias])
+    bias = jnp.concatenate([p.local_bias, p.q_bias], axis=-1)
     local, numerator = jnp.split(_dot(v, _joint_kernel(p)) + bias, 2, axis=-1)
     return local, numerator
 
@@ -197,9 +197,9 @@ def _weights(x: Array, d_z: Array) -> tuple[Array, Array]:
 
 
 def _rows_sum(z: Array) -> Array:
-    """Sum over all tokens, by a product with ones as in _mean."""
+    """Sum over all tokens, (1, 1, 1, D), by a product with ones as in _mean."""
     flat = z.reshape(-1, z.shape[-1])
-    return jnp.matmul(jnp.ones((1, flat.shape[0]), z.dtype), flat, precision=lax.Precision.HIGHEST)[0]
+    return jnp.matmul(jnp.ones((1, flat.shape[0]), z.dtype), flat, precision=lax.Precision.HIGHEST)[None, None]
 
 
 def _dot(x: Array, kernel: Array) -> Array:

@@ -32,7 +32,7 @@ def cap_slope(scores: Array, spec: AttendSpec) -> Any:
 
 def dropout_seeds(seed: Any, batch: int, heads: int) -> Array:
     """(B, N) uint32, one for each head of each sequence, from a uint32 scalar."""
-    b, h = jnp.arange(batch, dtype=jnp.uint32)[:, None], jnp.arange(heads, dtype=jnp.uint32)
+    b, h = jnp.arange(batch, dtype=jnp.uint32)[:, None], jnp.arange(heads, dtype=jnp.uint32)[None]
     return mixed(mixed(seed + b) + h)
 
 

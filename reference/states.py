@@ -31,7 +31,9 @@ def take_sequences(self: State, indices: Any) -> State:
             raise ValueError(f"take: indices holds {wrong[0]} and must hold 0 to {batch - 1}")
 
     def of(x: jax.Array) -> jax.Array:
-        nothing = NOWHERE if jnp.issubdtype(x.dtype, jnp.integer) else jnp.nan
-        return jnp.take(x, jnp.where(indices < 0, batch, indices), axis=0, mode="fill", fill_value=nothing)
+        nothing, places = NOWHERE if jnp.issubdtype(x.dtype, jnp.integer) else jnp.nan, jax.typeof(x).sharding
+        given = {"out_sharding": places} if any(places.spec) else {}  # that of a type over Explicit axes of a mesh
+        chosen = jnp.where(indices < 0, batch, indices)
+        return x.at[chosen].get(mode="fill", fill_value=nothing, **given)
 
     return jax.tree.map(of, self)

@@ -97,12 +97,12 @@ def _narrowed(mask: Mask, tiling: Tiling, transposed: bool) -> Any:
     t, bounds = tiling, _bounds(mask, tiling, transposed)
     if mask.q_lengths is not None or mask.kv_lengths is not None:
         ends = [
-            jnp.clip(n if x is None else jnp.asarray(x, jnp.int32), 0, n)[..., None, None]
+            jnp.clip(n if x is None else jnp.asarray(x, jnp.int32), 0, n).reshape(-1, 1, 1)
             for x, n in ((mask.q_lengths, t.queries), (mask.kv_lengths, t.keys))
         ]
         (end, other_end), sizes = (ends[::-1] if transposed else ends), (t.block_q, t.block_k)
         size, other = sizes[::-1] if transposed else sizes
-        tile = jnp.arange(bounds.shape[2], dtype=jnp.int32) * size
+        tile = jnp.arange(bounds.shape[2], dtype=jnp.int32)[None, None] * size
         first, free, masked, stop = (bounds[..., n] for n in range(4))
         stop = jnp.minimum(stop, jnp.where(tile >= end, 0, -(-other_end // other)))
         first, whole = jnp.minimum(first, stop), (tile + size <= end) | (not transposed)
@@ -117,7 +117,7 @@ def _within_segments(bounds: Any, mask: Mask, tiling: Tiling, transposed: bool) 
     spans = [_spans(mask.q_segments, tiling.block_q), _spans(mask.kv_segments, tiling.block_k)]
     (low, high), (other_low, other_high) = spans[::-1] if transposed else spans
     alive = (low[:, :, None] <= other_high[:, None]) & (other_low[:, None] <= high[:, :, None])  # (B, tiles, others)
-    number = jnp.arange(alive.shape[2], dtype=jnp.int32)
+    number = jnp.arange(alive.shape[2], dtype=jnp.int32)[None, None]
     first = jnp.where(alive, number, alive.shape[2]).min(-1)[:, None]
     end = jnp.where(alive, number + 1, 0).max(-1)[:, None]
     first = jnp.maximum(bounds[..., 0], first)

@@ -24,6 +24,7 @@ def pytest_configure(config: pytest.Config) -> None:
     import jax
 
     jax.config.update("jax_numpy_dtype_promotion", "strict")
+    jax.config.update("jax_numpy_rank_promotion", "raise")
     gc.disable()  # a tenth of the time: traces are cyclic garbage by the million; `collected` sees to it instead
 
 

@@ -170,11 +170,11 @@ def difference(function: Callable[..., Any], arrays: list[tuple[Any, Any]], mesh
         placed = [put(x, s) if isinstance(s, P) else jax.tree.map(put, x, s) for x, s in arrays]
         sharded = jax.jit(function)(*placed)
     pairs = zip(jax.tree.leaves(plain), jax.tree.leaves(sharded), strict=True)
-    return float(np.max([_apart(np.asarray(a, np.float64), np.asarray(b)) for a, b in pairs]))  # NaN stays NaN
+    return float(np.max([apart(np.asarray(a, np.float64), np.asarray(b)) for a, b in pairs]))  # NaN stays NaN
 
 
-def _apart(a: np.ndarray, b: np.ndarray) -> float:
-    return np.max(np.abs(a - b), initial=0) / max(1.0, np.max(np.abs(a), initial=0))
+def apart(a: np.ndarray, b: np.ndarray) -> float:
+    return float(np.max(np.abs(a - b), initial=0) / max(1.0, np.max(np.abs(a), initial=0)))
 
 
 def tensor_parallel(state: Any) -> Any:

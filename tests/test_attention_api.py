@@ -227,7 +227,7 @@ def test_dropout_is_a_function_of_its_seed_and_unbiased():
 
 def test_transforms_and_training():
     def loss(q, k, v, sinks):
-        return (evo_jax.sliding_window_attention(q, k, v, window_size=6, sinks=sinks) * COTANGENT[0, :, :, :V]).sum()
+        return (evo_jax.sliding_window_attention(q, k, v, window_size=6, sinks=sinks) * COTANGENT[:1, :, :, :V]).sum()
 
     sinks, arrays = jnp.zeros(N), (Q, KEY, VALUE)
     grads = jax.jit(jax.grad(loss, (0, 1, 2, 3)))(*arrays, sinks)

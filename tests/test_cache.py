@@ -15,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import evo_jax
+import evo_jax.linen
 from evo_jax import cache as caches
 
 B, L, E, N, K, D = 3, 20, 32, 4, 2, 8
@@ -61,6 +62,30 @@ def whole(kind: str) -> np.ndarray:
         X, np.broadcast_to(np.arange(L, dtype=np.int32), (B, L))
     )
     return np.asarray(out[0] if isinstance(out, tuple) else out)
+
+
+@every_kind
+def test_linen_layers_decode_with_a_cache(kind):
+    """With the parameters of the nnx layer, two chunks through the twin equal the whole."""
+    groups = {} if kind == "EvoAttention" else {"num_kv_heads": K}
+    twin = getattr(evo_jax.linen, kind)(E, N, **groups, **KINDS[kind])
+    params = nnx.to_pure_dict(nnx.state(layer_of(kind), nnx.Param))
+    cache, outs = evo_jax.linen.init_cache(twin, B, *([] if kind in ("LinearAttention", "EvoAttention") else [L])), []
+    assert jax.tree.structure(cache) == jax.tree.structure(layer_of(kind).init_cache(B, L))
+    for part in (slice(0, 13), slice(13, L)):
+        turned = {} if kind == "EvoAttention" else {
+            "position_embeddings": evo_jax.rotary_embedding(jnp.arange(L)[part], D)
+        }  # fmt: skip
+        out, cache = twin.apply({"params": params}, X[:, part], cache=cache, **turned)
+        outs.append(np.asarray(out))
+    assert_close("out", np.concatenate(outs, 1), whole(kind), 2e-6)
+
+
+def test_linen_caches_are_those_of_its_own_layers():
+    with pytest.raises(TypeError, match=r"init_cache: layer is a FlashAttention and must be one of evo_jax\.linen"):
+        evo_jax.linen.init_cache(layer_of("FlashAttention"), B)
+    with pytest.raises(ValueError, match="init_cache needs capacity"):
+        evo_jax.linen.init_cache(evo_jax.linen.FlashAttention(E, N), B)
 
 
 @every_kind
@@ -162,7 +187,7 @@ def test_streams_equal_one_call(kind):
 
     def losses(x):
         weights = np.cos(np.arange(L * E, dtype=np.float32)).reshape(L, E)
-        return jnp.stack([(out * weights).sum() for out in both(x)])
+        return jnp.stack([(out * weights[None]).sum() for out in both(x)])
 
     expected, actual = jax.jit(both)(X)
     assert_close("out", actual, expected, 2e-6)

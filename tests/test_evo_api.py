@@ -241,7 +241,7 @@ def test_transforms_change_neither_values_nor_gradients():
     def gradients(fn):
         def loss(params, v):
             out = fn(params, v, masks)
-            return (out * COTANGENT).sum(), out
+            return (out * COTANGENT[None]).sum(), out
 
         grads, out = jax.jit(jax.grad(loss, argnums=(0, 1), has_aux=True))(PARAMS, v)
         return out, *grads[0], grads[1]

@@ -135,7 +135,7 @@ def test_segments_and_training_under_nnx_jit_remat_and_scan():
     assert_close("second", whole[:, 8:], layer(X[:, 8:])[0], 1e-5)
 
     def loss(layer, x):
-        return (layer(x)[0] * jnp.cos(jnp.arange(E, dtype=jnp.float32))).sum()
+        return (layer(x)[0] * jnp.cos(jnp.arange(E, dtype=jnp.float32))[None, None]).sum()
 
     value, grads = nnx.jit(nnx.value_and_grad(loss))(layer, X)
     again, remat = nnx.jit(nnx.value_and_grad(nnx.remat(loss)))(layer, X)

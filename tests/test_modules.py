@@ -72,7 +72,7 @@ def test_dtype_rules_are_those_of_flax_under_strict_promotion(x, dtype, param_dt
 
 def test_a_training_step_under_nnx_jit_is_that_of_the_functional_form():
     def loss(layer, x):
-        return (layer(x, attention_mask=MASK) * jnp.cos(jnp.arange(E, dtype=jnp.float32))).sum()
+        return (layer(x, attention_mask=MASK) * jnp.cos(jnp.arange(E, dtype=jnp.float32))[None, None]).sum()
 
     layer = layer_of(out_proj=True)
     value, grads = nnx.jit(nnx.value_and_grad(loss))(layer, X)

@@ -3,6 +3,7 @@
 import re
 from pathlib import Path
 
+import jax
 import pytest
 
 import evo_jax
@@ -17,7 +18,8 @@ NAMES = sorted(set(re.findall(r"`(?:with )?evo_jax\.([\w.]+)", README)))
 def test_example_runs_and_prints_what_its_comments_say(block, capsys):
     if "import torch" in block:
         pytest.importorskip("torch", reason="an example is for torch, which the newest lane leaves out")
-    exec(block, {})
+    with jax.numpy_rank_promotion("allow"):  # users' own lines
+        exec(block, {})
     # A comment after print(...) starts with the text that is printed.
     promised = re.findall(r"^print\(.*\)  # (.*)$", block, flags=re.MULTILINE)
     printed = capsys.readouterr().out.splitlines()

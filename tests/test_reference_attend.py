@@ -138,7 +138,8 @@ def test_blocked_does_not_look_at_keys_in_dead_tiles():
 
 
 def test_dropout_keeps_its_share_and_differs_by_all_that_it_is_drawn_by():
-    i, j = jnp.arange(64, dtype=jnp.int32)[:, None], jnp.arange(64, dtype=jnp.int32)
+    i = jnp.arange(64, dtype=jnp.int32)[None, None, :, None]
+    j = i.swapaxes(2, 3)
 
     def draw(rate, seed):
         return np.asarray(kept(rate, dropout_seeds(jnp.uint32(seed), 2, 3)[:, :, None, None], i, j))

@@ -335,7 +335,7 @@ def test_chunk_loop_carries_and_differentiates_a_linear_recurrence(length):
 
     x, aux = draw((2, 1, length, 3), 0), draw((2, 1, length, 1), 1)
     carry, w = draw((2, 1, 3), 2), jnp.float32(1.5)
-    starts = (np.arange(length) // 4 * 4).astype(np.float32)[:, None]
+    starts = (np.arange(length) // 4 * 4).astype(np.float32)[None, None, :, None]
 
     def chunked(w, carry, x):
         return chunk_loop(Step(step, "static", 4), w, carry, x, aux)

@@ -26,7 +26,7 @@ def test_arrays_whose_types_say_that_they_are_sharded():
     said = {
         "width": "cannot be divided among devices; jax.reshard it",
         "heads": "cannot be divided among devices; jax.reshard it",
-        "twice": "one mesh axis divides more than one kind of axis",
+        "twice": "over one mesh axis twice",
         "unlike": "along axes that go together",
         "uneven": "cannot be divided among the mesh axes",
         "not causal": "only with causal=True",
@@ -37,8 +37,8 @@ def test_arrays_whose_types_say_that_they_are_sharded():
 def test_sequences_whose_tokens_are_divided():
     """Operations and gradients, over one mesh axis and over two, kernels in the interpreter, and layers."""
     differences = said_by("sharded_tokens.py")
-    wrong = {name: d for name, d in differences.items() if not d <= 1e-4}
-    assert len(differences) == 57 and not wrong, wrong
+    wrong = {name: d for name, d in differences.items() if not d <= (1e-11 if "float64" in name else 1e-4)}
+    assert len(differences) == 76 and not wrong, wrong
 
 
 def said_by(program: str) -> Any:

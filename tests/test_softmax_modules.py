@@ -131,7 +131,9 @@ def test_training_under_nnx_jit_and_remat(kind):
     layer = layer_of(kind, sinks=True)
 
     def loss(layer, x):
-        return (layer(x, segment_ids=np.where(MASK, 0, -1))[0] * jnp.cos(jnp.arange(E, dtype=jnp.float32))).sum()
+        return (
+            layer(x, segment_ids=np.where(MASK, 0, -1))[0] * jnp.cos(jnp.arange(E, dtype=jnp.float32))[None, None]
+        ).sum()
 
     value, grads = nnx.jit(nnx.value_and_grad(loss))(layer, X)
     again, remat = nnx.jit(nnx.value_and_grad(nnx.remat(loss)))(layer, X)

@@ -30,7 +30,7 @@ def held_out_bits_per_byte(
 
     @jax.jit
     def score(params: Any, starts: jax.Array, padded: jax.Array) -> jax.Array:
-        windows = padded[starts[:, None] + jnp.arange(settings.seq_len + 1)]
+        windows = padded[starts[:, None] + jnp.arange(settings.seq_len + 1)[None]]
         return next_byte_loss(trainer.logits, params, windows)[:, half:]
 
     nats, device_text = 0.0, jnp.asarray(padded)

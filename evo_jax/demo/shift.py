@@ -47,7 +47,7 @@ def token_shift_after(before: jax.Array, x: jax.Array, new: Arrivals) -> tuple[j
         return jnp.concatenate(late, axis=-1), rows[:, length:]
     rows = jnp.concatenate([before, jnp.take_along_axis(x, new.order[..., None], axis=1)], axis=1)
     late = [_rows(part, new.rank + (kept - k)) for k, part in enumerate(jnp.array_split(rows, SHIFTS, axis=-1))]
-    return jnp.concatenate(late, axis=-1), _rows(rows, new.counts[:, None] + jnp.arange(kept))
+    return jnp.concatenate(late, axis=-1), _rows(rows, new.counts[:, None] + jnp.arange(kept)[None])
 
 
 def _rows(x: jax.Array, index: jax.Array) -> jax.Array:

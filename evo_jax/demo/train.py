@@ -79,7 +79,7 @@ def _batch(settings: Settings, step: jax.Array, text: jax.Array) -> jax.Array:
     """(batch_size, seq_len + 1) bytes from random places of the text, drawn from the seed and the step alone."""
     key = jax.random.fold_in(jax.random.key(settings.seed), step)
     starts = jax.random.randint(key, (settings.batch_size, 1), 0, text.size - settings.seq_len)
-    return text[starts + jnp.arange(settings.seq_len + 1)]
+    return text[starts + jnp.arange(settings.seq_len + 1)[None]]
 
 
 def _optimizer(settings: Settings) -> optax.GradientTransformation:
