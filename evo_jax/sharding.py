@@ -59,22 +59,6 @@ def alike(op: str, arrays: tuple[Any, ...], axes: tuple[Any, ...]) -> tuple[Any,
     return _mapped(placed, axes, arrays)
 
 
-def _context() -> Any:
-    """The mesh of the context where it has Explicit axes (jax.vmap leaves out what divides its own), else None."""
-    mesh = jax.sharding.get_abstract_mesh()
-    return mesh if AxisType.Explicit in mesh.axis_types else None
-
-
-def _in_context(arrays: Any) -> Any:
-    """What is on no mesh, on that of the context: what is made there is."""
-    mesh = _context()
-
-    def placed(x: Any) -> Any:
-        return x if mesh is None or not jax.typeof(x).sharding.mesh.empty else jax.reshard(x, NamedSharding(mesh, P()))
-
-    return jax.tree.map(placed, arrays)
-
-
 def placed_as(arrays: Any, types: Any) -> Any:
     """`arrays` sharded as `types` says, a pytree of what jax.eval_shape gives: a loop wants one type for a value."""
 
@@ -102,6 +86,22 @@ def without_last(x: Any) -> NamedSharding | None:
     """Where the last axis of `x` is divided: how a product is sharded that sums over it."""
     own = jax.typeof(x).sharding
     return None if own.spec[-1] is None else NamedSharding(own.mesh, P(*own.spec[:-1], None))
+
+
+def _context() -> Any:
+    """The mesh of the context where it has Explicit axes, else None."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return mesh if AxisType.Explicit in mesh.axis_types else None
+
+
+def _in_context(arrays: Any) -> Any:
+    """`arrays` on the context's mesh where they are on none: what a function makes there is on it."""
+    mesh = _context()
+
+    def placed(x: Any) -> Any:
+        return x if mesh is None or not jax.typeof(x).sharding.mesh.empty else jax.reshard(x, NamedSharding(mesh, P()))
+
+    return jax.tree.map(placed, arrays)
 
 
 def _mapped(function: Callable[..., Any], axes: tuple[Any, ...], *arrays: tuple[Any, ...]) -> tuple[Any, ...]:
