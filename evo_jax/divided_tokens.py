@@ -51,30 +51,43 @@ def linear_states(
 
     Not causal, it has the tokens of all other devices; `rows` must be None.
     """
-    dtype = state_dtype(key, value)
-    start = initial_state(key, value) if state is None else state
-    k, v, run = key.astype(dtype), value.astype(dtype), None
+    dtype, phi = state_dtype(key, value), FEATURE_MAPS[spec.feature_map]
+    state = initial_state(key, value) if state is None else state
+    key, value = key.astype(dtype), value.astype(dtype)
     if rows is not None:
-        run, live = jnp.abs(rows), (rows > 0)[:, :, None, None]
-        k, v = jnp.where(live, k, 0), jnp.where(live, v, 0)
-    k = FEATURE_MAPS[spec.feature_map](k)
-    if run is not None and rows is not None:
-        k = jnp.where(((rows > 0) & (run == run[:, -1:]))[:, :, None, None], k, 0)
-    own = LinearState(jnp.einsum("bskd,bskv->bkdv", k, v, precision=lax.Precision.HIGHEST), k.sum(1))
-    if run is None:
-        (before, total), here = sums(own, over), start
-        if not spec.causal:
-            before = jax.tree.map(jnp.add, before, sums(own, over, reverse=True)[0])
-        return jax.tree.map(jnp.add, here, before), jax.tree.map(jnp.add, here, total)
-    parts, ends = lax.all_gather((own, (run[:, 0], run[:, -1])), over)
+        return _states_of_runs(key, value, state, rows, phi, over)
+    own = _summed(phi(key), value)
+    before, total = sums(own, over)
+    if not spec.causal:
+        before = _add(before, sums(own, over, reverse=True)[0])
+    return _add(state, before), _add(state, total)
+
+
+def _states_of_runs(
+    key: jax.Array, value: jax.Array, state: LinearState, rows: jax.Array, phi: Any, over: Axes
+) -> tuple[LinearState, LinearState]:
+    """linear_states where a state passes on only within a run, and masked tokens add nothing."""
+    run, live = jnp.abs(rows), rows > 0
+    key, value = (jnp.where(live[:, :, None, None], x, 0) for x in (key, value))
+    last = (live & (run == run[:, -1:]))[:, :, None, None]
+    own = _summed(jnp.where(last, phi(key), 0), value)
+    own, first_runs, last_runs = lax.all_gather((own, run[:, 0], run[:, -1]), over)
     starts = []
-    for n in range(len(ends[0])):
-        if n:  # a run that began before goes on, or does not
-            start = _where(ends[0][n] == ends[1][n - 1], start)
-        starts.append(start)
-        passed = _where(ends[0][n] == ends[1][n], start)
-        start = jax.tree.map(lambda x, y, n=n: x + y[n], passed, parts)
-    return jax.tree.map(lambda *x: jnp.stack(x)[lax.axis_index(over)], *starts), start
+    for n in range(len(first_runs)):
+        if n:
+            state = _where(first_runs[n] == last_runs[n - 1], state)
+        starts.append(state)
+        state = _add(_where(first_runs[n] == last_runs[n], state), jax.tree.map(lambda x, n=n: x[n], own))
+    return jax.tree.map(lambda *x: jnp.stack(x)[lax.axis_index(over)], *starts), state
+
+
+def _summed(features: jax.Array, value: jax.Array) -> LinearState:
+    kv = jnp.einsum("bskd,bskv->bkdv", features, value, precision=lax.Precision.HIGHEST)
+    return LinearState(kv, features.sum(1))
+
+
+def _add(a: Any, b: Any) -> Any:
+    return jax.tree.map(jnp.add, a, b)
 
 
 def _where(condition: jax.Array, state: LinearState) -> LinearState:
