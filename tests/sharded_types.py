@@ -202,8 +202,11 @@ def differences(mesh: Any) -> Iterator[tuple[str, float]]:
             if divisible and use != "stream":
                 places[", heads divided"] = tensor_parallel(state)
             for how, place in places.items():
-                arrays = [(state, place), (HIDDEN, P("data")), (MASK, P("data"))]
-                yield f"{name} layer, {use}{how}", difference(function, arrays, mesh)
+                # Gradients in float64: those of EvoAttention, which divides by sums, lose many digits.
+                dtype = np.float64 if use == "train" else np.float32
+                wide = jax.tree.map(lambda x, dtype=dtype: x.astype(dtype), state)
+                arrays = [(wide, place), (HIDDEN.astype(dtype), P("data")), (MASK, P("data"))]
+                yield f"{name} layer, {use}{how}, {dtype.__name__}", difference(function, arrays, mesh)
     graph, state = nnx.split(Model(37))
     model = jax.tree.map(np.asarray, state), jax.tree.map(lambda _: P(), state)
     for warm, chunk in ((False, None), (True, 4)):
@@ -240,6 +243,7 @@ def collectives(mesh: Any) -> list[str]:
 
 if __name__ == "__main__":
     jax.config.update("jax_num_cpu_devices", 4)
+    jax.config.update("jax_enable_x64", True)
     mesh = jax.make_mesh((2, 2), ("data", "model"))
     found = {"differences": dict(differences(mesh)), "refusals": dict(refusals(mesh)), "exchanged": collectives(mesh)}
     print(json.dumps(found))
