@@ -92,7 +92,8 @@ def flash_attention(query: Any, key: Any, value: Any, **options: Unpack[Attentio
 
     Raises:
         ValueError: shapes that do not fit, or values out of range (a traced attention_mask other than 0 and 1, or a
-            traced segment id of 2**31 or more, gives NaN in its sequence). TypeError: dtypes, or an option that is
+            traced segment id of 2**31 or more, gives NaN in its sequence), or arrays over Explicit axes of a mesh that
+            cannot be divided so among devices. TypeError: dtypes, or an option that is
             unknown or of another type.
         NotImplementedError: implementation="triton" or "interpret" where the kernels cannot do this case.
 

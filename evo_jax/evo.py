@@ -94,8 +94,8 @@ def evo_attention(
 
     Raises:
         ValueError: shapes that do not fit, a known mask with values other than 0 and 1 under "padding" (a traced one
-            gives NaN from there on), a state without causal=True or with a count below 0, or a 64-bit accum_dtype while
-            x64 is off.
+            gives NaN from there on), a state without causal=True or with a count below 0, a 64-bit accum_dtype while
+            x64 is off, or arrays over Explicit axes of a mesh that cannot be divided so among devices.
         TypeError: dtypes, a state that is no EvoState, or causal or return_state that are no bools.
         NotImplementedError: implementation="triton" or "interpret" where the kernel cannot do this case.
 

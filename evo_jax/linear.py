@@ -65,7 +65,8 @@ def linear_attention(
     Raises:
         ValueError: shapes that do not fit, an unknown feature map, is_causal with T != S, eps that is negative or not
             finite, or a known mask with values other than 0 and 1 (a traced one gives NaN in its sequence), or known
-            segment ids that int32 does not hold. TypeError: dtypes, or eps, is_causal or return_state of another type.
+            segment ids that int32 does not hold, or arrays over Explicit axes of a mesh that cannot be divided so among
+            devices. TypeError: dtypes, or eps, is_causal or return_state of another type.
         NotImplementedError: implementation="triton" or "interpret" where the kernel cannot do this case.
 
     >>> import jax, jax.numpy as jnp, evo_jax

@@ -45,18 +45,12 @@ def by_shards(op: str, run: Callable[..., Any], arrays: tuple[Any, ...], axes: t
         out_specs=jax.tree.map(lambda name: P(*(divided.get(letter) for letter in name)), results),
         axis_names=set(explicit),
         check_vma=False,  # JAX cannot know what a kernel makes of what varies between devices
-    )(*alike(op, arrays, axes))
+    )(*_placed(mesh, divided, arrays, axes))
 
 
 def alike(op: str, arrays: tuple[Any, ...], axes: tuple[Any, ...]) -> tuple[Any, ...]:
     """`arrays`, divided as by_shards would: those that are not sharded as the others are."""
-    mesh, divided = _division(op, arrays, axes)
-
-    def placed(name: str, x: Any) -> Any:
-        spec = _spec(divided, name, x)
-        return x if mesh is None or _entries(x) == tuple(spec) else jax.reshard(x, NamedSharding(mesh, spec))
-
-    return _mapped(placed, axes, arrays)
+    return _placed(*_division(op, arrays, axes), arrays, axes)
 
 
 def placed_as(arrays: Any, types: Any) -> Any:
@@ -88,18 +82,23 @@ def without_last(x: Any) -> NamedSharding | None:
     return None if own.spec[-1] is None else NamedSharding(own.mesh, P(*own.spec[:-1], None))
 
 
-def _context() -> Any:
-    """The mesh of the context where it has Explicit axes, else None."""
-    mesh = jax.sharding.get_abstract_mesh()
-    return mesh if AxisType.Explicit in mesh.axis_types else None
+def _placed(
+    mesh: Any, divided: dict[str | None, Entry], arrays: tuple[Any, ...], axes: tuple[Any, ...]
+) -> tuple[Any, ...]:
+    def placed(name: str, x: Any) -> Any:
+        spec = _spec(divided, name, x)
+        return x if mesh is None or _entries(x) == tuple(spec) else jax.reshard(x, NamedSharding(mesh, spec))
+
+    return _mapped(placed, axes, arrays)
 
 
 def _in_context(arrays: Any) -> Any:
-    """`arrays` on the context's mesh where they are on none: what a function makes there is on it."""
-    mesh = _context()
+    """`arrays` on the context's mesh of Explicit axes where they are on none: what a function makes there is on it."""
+    mesh = jax.sharding.get_abstract_mesh()
+    explicit = AxisType.Explicit in mesh.axis_types
 
     def placed(x: Any) -> Any:
-        return x if mesh is None or not jax.typeof(x).sharding.mesh.empty else jax.reshard(x, NamedSharding(mesh, P()))
+        return jax.reshard(x, NamedSharding(mesh, P())) if explicit and jax.typeof(x).sharding.mesh.empty else x
 
     return jax.tree.map(placed, arrays)
 
@@ -129,7 +128,7 @@ def _division(op: str, arrays: tuple[Any, ...], axes: tuple[Any, ...]) -> tuple[
         for axis, (letter, entry) in enumerate(zip(_letters(name, x.shape), _entries(x), strict=True)):
             if entry is None:
                 continue
-            mesh = _context() or jax.typeof(x).sharding.mesh
+            mesh = jax.typeof(x).sharding.mesh
             if letter == "s":
                 continue
             if letter is not None and divided.setdefault(letter, entry) != entry:

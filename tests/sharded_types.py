@@ -238,7 +238,8 @@ def collectives(mesh: Any) -> list[str]:
     with jax.set_mesh(mesh):
         arrays = [jax.device_put(x, NamedSharding(mesh, HEADS)) for x in (QUERY, KEY, VALUE)]
         text = jax.jit(partial(gradients, evo_jax.flash_attention)).lower(*arrays).compile().as_text() or ""
-    return [word for word in ("all-gather", "all-to-all", "collective-permute") if f"{word}(" in text]
+    words = ("all-gather", "all-reduce", "all-to-all", "collective-permute", "reduce-scatter")
+    return [word for word in words if f" {word}(" in text or f" {word}-start(" in text]
 
 
 if __name__ == "__main__":

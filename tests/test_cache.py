@@ -70,7 +70,7 @@ def test_linen_layers_decode_with_a_cache(kind):
     groups = {} if kind == "EvoAttention" else {"num_kv_heads": K}
     twin = getattr(evo_jax.linen, kind)(E, N, **groups, **KINDS[kind])
     params = nnx.to_pure_dict(nnx.state(layer_of(kind), nnx.Param))
-    cache, outs = evo_jax.linen.init_cache(twin, B, *([] if kind in ("LinearAttention", "EvoAttention") else [L])), []
+    cache, outs = evo_jax.linen.init_cache(twin, B, L), []
     assert jax.tree.structure(cache) == jax.tree.structure(layer_of(kind).init_cache(B, L))
     for part in (slice(0, 13), slice(13, L)):
         turned = {} if kind == "EvoAttention" else {
